@@ -194,7 +194,9 @@ def new_converter(*, omit_defaults: bool = True, words: Iterable[type[Enum]] = (
     converter.register_unstructure_hook(timedelta, format_duration)
     converter.register_unstructure_hook(Path, str)
     converter.register_structure_hook_factory(has, lambda cls: _class_hook(converter, cls))
-    converter.register_unstructure_hook_factory(has, lambda cls: _class_unhook(converter, cls, omit_defaults=omit_defaults))
+    converter.register_unstructure_hook_factory(
+        has, lambda cls: _class_unhook(converter, cls, omit_defaults=omit_defaults)
+    )
     return converter
 
 

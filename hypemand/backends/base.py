@@ -1,0 +1,254 @@
+"""The protocol that every hypervisor backend follows, its values and its errors."""
+
+from collections.abc import Callable, Collection, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from attrs import Factory, frozen
+
+from hypemand.core.errors import HypemandError
+from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
+
+
+class BackendError(HypemandError):
+    """Base of what a backend may raise."""
+
+
+class InstanceNotFound(BackendError):
+    """The hypervisor itself says that it has no such instance. Never guessed from a missing socket or mount."""
+
+
+class InvalidState(BackendError):
+    """The instance is not in a state that allows the call."""
+
+
+class BackendUnavailable(BackendError):
+    """No answer, a busy monitor, a missing mount: nothing is known. Transient: later it may work."""
+
+
+class CaptureFailed(BackendError):
+    """The snapshot could not be made; nothing of it is listed."""
+
+
+class Unsupported(BackendError):
+    """This instance or hypervisor cannot be captured like this; trying again changes nothing."""
+
+
+@frozen
+class Capabilities:
+    """What a backend can do.
+
+    Attributes:
+        freezes: Who makes a running guest stand still. `Freezer.HYPERVISOR`:
+            the engine neither pauses nor resumes, `Backend.capture` does it all.
+        abortable: Whether cancelling `Backend.capture` ends the capture at
+            once. Where it is False, the hypervisor goes on by itself until it
+            is done, and `Backend.settle` clears up after it.
+        kinds: Snapshot kinds that can be made.
+    """
+
+    freezes: Freezer
+    abortable: bool
+    kinds: frozenset[SnapshotKind]
+
+
+@frozen
+class Status:
+    """State of an instance; *detail* is the hypervisor's own word where ours says less."""
+
+    state: InstanceState
+    detail: str = ""
+
+
+@frozen
+class Preparation:
+    """What a backend knows before a capture.
+
+    Attributes:
+        needed_bytes: Estimate of what the capture will take, on the safe side.
+        path: An existing path on the filesystem that it will take it from;
+            None where that is not to be known, and nothing is checked.
+        taken_names: Every snapshot name in use for the instance, other people's too.
+    """
+
+    needed_bytes: int
+    path: Path | None
+    taken_names: Collection[str] = ()
+
+
+@frozen(kw_only=True)
+class CaptureRequest:
+    """What to make. *run_id* becomes `Snapshot.id`; *created_at* is aware UTC."""
+
+    run_id: str
+    name: str
+    kind: SnapshotKind
+    tags: Mapping[str, str]
+    created_at: datetime
+
+
+@frozen
+class Captured:
+    """A capture that went well. *freeze_s* is measured by the hypervisor, None where the engine froze the guest."""
+
+    snapshot: Snapshot
+    freeze_s: float | None = None
+
+
+@frozen
+class Settled:
+    """What was found of an interrupted run, and is now in order.
+
+    Attributes:
+        snapshot: The complete snapshot of the run, adopted, or None; a partial one is gone.
+        resumed: Whether the guest was found frozen by the run and has been resumed.
+        freeze_s: How long it was frozen, where that is known.
+    """
+
+    snapshot: Snapshot | None = None
+    resumed: bool = False
+    freeze_s: float | None = None
+    notes: tuple[str, ...] = Factory(tuple)
+
+
+class Backend(Protocol):
+    """One hypervisor.
+
+    Every method may raise `BackendError`; anything else is a bug. Cancellation
+    passes through at once, except where a method says otherwise. Methods may
+    be called at the same time for different instances, and for one instance
+    while nothing but `state`, `list_snapshots` and `instances` is under way.
+    No method waits longer than its hypervisor does: the caller sets time limits.
+    """
+
+    @property
+    def name(self) -> str:
+        """The backend's name in the config."""
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What this backend can do; constant."""
+
+    @property
+    def connection(self) -> Mapping[str, Any]:
+        """Type and settings, as JSON values, from which `registry.connect` rebuilds this backend in another process."""
+
+    async def open(self, *, first_use: bool) -> None:
+        """Make directories that the backend itself needs. Idempotent.
+
+        Args:
+            first_use: Nothing was ever captured through this backend. Only then
+                may an empty or missing directory be taken for a new one;
+                otherwise it is a mount that is missing.
+
+        Raises:
+            BackendUnavailable: A directory of an earlier use is missing.
+        """
+
+    async def instances(self) -> frozenset[InstanceId]:
+        """Instances that the hypervisor knows at the moment.
+
+        Raises:
+            BackendUnavailable: It can't be asked, or what would be searched is missing or empty.
+        """
+
+    async def state(self, instance: InstanceId) -> Status:
+        """State of *instance*, asked anew.
+
+        Raises:
+            InstanceNotFound: By an authoritative answer only.
+            BackendUnavailable: No answer, or the hypervisor is busy.
+        """
+
+    async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
+        """Check that a capture is possible, and tell what it needs. Changes nothing.
+
+        Raises:
+            BackendUnavailable: Where the snapshot would go is missing; found here, before the freeze.
+            Unsupported: This instance can't be captured; the text names why and what to do.
+        """
+
+    async def pause(self, instance: InstanceId) -> None:
+        """Freeze the guest, and return once its vCPUs stand still. Already paused: no-op.
+
+        Raises:
+            InvalidState: Neither running nor paused.
+        """
+
+    async def resume(self, instance: InstanceId) -> None:
+        """Let the guest run again, and return once it does. Already running: no-op.
+
+        Raises:
+            InvalidState: Neither paused nor running; there is nothing to resume.
+        """
+
+    async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
+        """Make the snapshot. Until `publish`, nothing of it is listed.
+
+        Where `Capabilities.freezes` is the engine, the guest stands still when
+        this is called, and this writes nothing but the snapshot. On failure and
+        cancellation the partial snapshot is removed as far as that takes no
+        time; `settle` removes the rest.
+
+        Raises:
+            CaptureFailed: With the hypervisor's reason.
+        """
+
+    async def publish(self, snapshot: Snapshot) -> None:
+        """Make a captured snapshot durable and listed; the guest runs again by now. Idempotent.
+
+        Raises:
+            BackendUnavailable: It could not be made durable; it is not listed.
+        """
+
+    async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
+        """Complete snapshots that hypemand made of *instance*, oldest first.
+
+        Raises:
+            BackendUnavailable: They can't be seen now; never an empty answer instead.
+        """
+
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """Delete *snapshot*, durably. Already gone: no error.
+
+        Raises:
+            BackendError: The hypervisor refuses; the snapshot is still listed.
+        """
+
+    async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
+        """Put in order what an interrupted *run* left behind. Idempotent.
+
+        Waits until the hypervisor's own operation for the run is over, resumes
+        the guest if this run froze it, adopts a complete snapshot of the run,
+        removes a partial one. An instance that is gone has nothing to resume.
+
+        Args:
+            ours: A pause that is found can only be the run's. A backend with a
+                mark of its own for that goes by the mark.
+
+        Raises:
+            BackendUnavailable: Not to be decided now; the run stays open.
+        """
+
+    async def aclose(self) -> None:
+        """Let go of connections. The backend is not used again."""
+
+
+@frozen
+class Surroundings:
+    """What a backend gets from the process that it works in. *state_dir* holds its default directories."""
+
+    state_dir: Path
+
+
+class BackendType(Protocol):
+    """What the table of built-ins, and an entry point of the group ``hypemand.backends``, leads to."""
+
+    @property
+    def settings(self) -> type[Any]:
+        """An attrs class; its fields are the type's config keys. Structured strictly by `core.structure`."""
+
+    @property
+    def build(self) -> Callable[[str, Any, Surroundings], Backend]:
+        """Make the backend from its name, its settings and its surroundings. Does no I/O."""

@@ -1,0 +1,304 @@
+"""The backend that needs nothing installed: directories that stand for guests. For trying out, and for tests.
+
+``<root>/instances/<id>/`` holds ``instance.json``, whose edit by hand counts
+at once, and ``memory`` and ``disk`` of real bytes; snapshots are in the
+catalog ``<root>/snapshots``.
+"""
+
+import contextlib
+import threading
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import trio
+from attrs import Attribute, Factory, evolve, field, frozen
+
+from hypemand.backends.base import (
+    BackendType,
+    BackendUnavailable,
+    Capabilities,
+    Captured,
+    CaptureFailed,
+    CaptureRequest,
+    InstanceNotFound,
+    Preparation,
+    Settled,
+    Status,
+    Surroundings,
+)
+from hypemand.backends.catalog import Catalog, Manifest
+from hypemand.backends.copying import copy_file
+from hypemand.backends.embedded_guests import (
+    DISK,
+    MEMORY,
+    STATE_FILE,
+    Guest,
+    InstanceSpec,
+    make_instance,
+    paused,
+    read_state,
+    resumed,
+    size_of,
+    write_state,
+)
+from hypemand.backends.registry import connection_of
+from hypemand.core.errors import RuleBroken
+from hypemand.core.model import Freezer, InstanceId, RunStarted, Size, Snapshot, SnapshotKind
+from hypemand.core.naming import check_instance_id
+
+T = TypeVar("T")
+
+MARGIN = 64 << 10
+DISCARD_TIME = 0.2
+"""Seconds that a failed capture may spend on removing its partial snapshot, while the guest stands still."""
+
+_FILES = {SnapshotKind.STANDBY: (MEMORY, DISK), SnapshotKind.STOPPED: (DISK,)}
+
+
+def _check_rate(_: Any, attribute: "Attribute[int | None]", rate: int | None) -> None:
+    if rate == 0:
+        raise RuleBroken("must be more than zero; leave it out for no limit", subpath=attribute.name)
+
+
+@frozen
+class Settings:
+    """Config keys of the type ``embedded``.
+
+    Attributes:
+        copy_rate: Bytes per second, so that captures take time; None for as fast as it goes.
+    """
+
+    root: Path
+    instances: Mapping[InstanceId, InstanceSpec] = Factory(dict)
+    copy_rate: Size | None = field(default=None, validator=_check_rate)
+
+
+@frozen
+class EmbeddedBackend:
+    """Follows `Backend`. Threads that a cancelled call leaves behind change no instance after the call that follows."""
+
+    name: str
+    settings: Settings
+    _limiter: trio.CapacityLimiter = field(init=False, factory=lambda: trio.CapacityLimiter(40))
+    _locks: defaultdict[InstanceId, threading.Lock] = field(init=False, factory=lambda: defaultdict(threading.Lock))
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The engine freezes; a capture can be aborted; both kinds."""
+        return Capabilities(freezes=Freezer.ENGINE, abortable=True, kinds=frozenset(_FILES))
+
+    @property
+    def connection(self) -> Mapping[str, Any]:
+        """Without the instances: what is to be made is no part of finding what there is."""
+        return connection_of("embedded", evolve(self.settings, instances={}))
+
+    @property
+    def _instances(self) -> Path:
+        return self.settings.root / "instances"
+
+    @property
+    def _catalog(self) -> Catalog:
+        return Catalog(self.settings.root / "snapshots")
+
+    async def open(self, *, first_use: bool) -> None:
+        """Make the configured instances that are not there; on first use what holds them, too."""
+        await self._in_thread(self._open, first_use)
+
+    async def instances(self) -> frozenset[InstanceId]:
+        """The directories whose names may be those of instances."""
+        return await self._in_thread(self._listed)
+
+    async def state(self, instance: InstanceId) -> Status:
+        """What ``instance.json`` says at the moment."""
+        guest = await self._in_thread(self._read, _checked(instance))
+        return Status(guest.state, f"paused by {guest.paused_by}" if guest.paused_by else "")
+
+    async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
+        """Look at the files that would be copied, and at the catalog."""
+        return await self._in_thread(self._prepare, _checked(instance), kind)
+
+    async def pause(self, instance: InstanceId) -> None:
+        """Write Paused with our mark. Already paused: no-op, and whose pause it is stays as it was.
+
+        Raises:
+            InvalidState: Neither running nor paused.
+        """
+        await self._change(instance, paused)
+
+    async def resume(self, instance: InstanceId) -> None:
+        """Write Running, without the mark. Already running: no-op."""
+        await self._change(instance, resumed)
+
+    async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
+        """Copy the instance's files."""
+        home = self._home(_checked(instance))
+        try:
+            manifest = await self._copy(home, instance, request)
+        except BaseException:
+            with trio.move_on_after(DISCARD_TIME, shield=True), contextlib.suppress(BackendUnavailable):
+                await self._in_thread(self._catalog.discard, instance, request.run_id)
+            raise
+        return Captured(manifest.snapshot())
+
+    async def _copy(self, home: Path, instance: InstanceId, request: CaptureRequest) -> Manifest:
+        try:
+            partial = await self._in_thread(self._catalog.begin, instance, request.run_id)
+            files = {
+                name: await copy_file(home / name, partial / name, rate=self.settings.copy_rate)
+                for name in _FILES[request.kind]
+            }
+            manifest = Manifest(
+                id=request.run_id,
+                instance_id=instance,
+                name=request.name,
+                kind=request.kind,
+                tags=request.tags,
+                created_at=request.created_at,
+                size_bytes=sum(files.values()),
+                files=files,
+                hypervisor={"name": "embedded"},
+                restore=f"With the instance Stopped, copy {' and '.join(files)} from here to {home}.",
+            )
+            await self._in_thread(self._catalog.write_manifest, manifest)
+        except BackendUnavailable as error:
+            raise CaptureFailed(str(error)) from error
+        return manifest
+
+    async def publish(self, snapshot: Snapshot) -> None:
+        """Make the copies durable, then give them their name in the catalog."""
+        await self._in_thread(self._catalog.publish, _checked(snapshot.instance_id), snapshot.id)
+
+    async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
+        """What the catalog holds, also of an instance that is gone."""
+        manifests = await self._in_thread(self._catalog.manifests, _checked(instance))
+        return tuple(manifest.snapshot() for manifest in manifests)
+
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """Delete it from the catalog."""
+        await self._in_thread(self._catalog.delete, _checked(snapshot.instance_id), snapshot.id)
+
+    async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
+        """Thaw first, by the mark alone; then look at the catalog. A partial snapshot is never complete here."""
+        del ours
+        notes: tuple[str, ...] = ()
+        found: Guest | None = None
+        try:
+            found = await self._change(run.instance_id, lambda guest: guest.running() if guest.frozen_by_us else guest)
+        except InstanceNotFound as error:
+            notes = (str(error),)
+        resumed = found is not None and found.frozen_by_us
+        paused_at = found.paused_at if found is not None and resumed else None
+        freeze_s = max(0.0, (datetime.now(UTC) - paused_at).total_seconds()) if paused_at is not None else None
+        snapshot = await self._in_thread(self._settle_snapshot, run)
+        return Settled(snapshot=snapshot, resumed=resumed, freeze_s=freeze_s, notes=notes)
+
+    async def aclose(self) -> None:
+        """There is nothing to let go of."""
+        await trio.lowlevel.checkpoint()
+
+    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
+        # Threads of its own: a hung filesystem below this root stops no other backend.
+        try:
+            return await trio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
+        except OSError as error:
+            raise BackendUnavailable(f"{error.filename or self.settings.root}: {error.strerror}") from error
+
+    async def _change(self, instance: InstanceId, change: Callable[[Guest], Guest]) -> Guest:
+        """Rewrite ``instance.json``, and return what it said before.
+
+        One at a time, so that a pause that was cancelled while it was written
+        is over before the resume that follows; one that had not begun never does.
+        """
+        lock, abandoned = self._locks[_checked(instance)], threading.Event()
+
+        def work() -> Guest:
+            with lock:
+                guest = self._read(instance)
+                wanted = change(guest)
+                if wanted != guest and not abandoned.is_set():
+                    write_state(self._home(instance), wanted)
+                return guest
+
+        try:
+            return await self._in_thread(work)
+        finally:
+            abandoned.set()
+
+    # From here on: in a worker thread.
+
+    def _open(self, first_use: bool) -> None:  # noqa: FBT001 - a thread takes its arguments by position
+        if first_use:
+            self._instances.mkdir(mode=0o700, parents=True, exist_ok=True)
+        there = self._names()
+        self._catalog.open(first_use=first_use)
+        for instance, spec in self.settings.instances.items():
+            if instance not in there:
+                make_instance(self._instances, instance, spec)
+
+    def _names(self) -> frozenset[str]:
+        try:
+            return frozenset(entry.name for entry in self._instances.iterdir())
+        except OSError as error:
+            raise BackendUnavailable(
+                f"{self._instances} can't be read ({error.strerror}): is its filesystem mounted?"
+            ) from error
+
+    def _listed(self) -> frozenset[InstanceId]:
+        found = set()
+        for name in self._names():
+            with contextlib.suppress(RuleBroken):
+                found.add(check_instance_id(name))
+        if not found:
+            raise BackendUnavailable(f"{self._instances} holds no instances: is its filesystem mounted?")
+        return frozenset(found)
+
+    def _home(self, instance: InstanceId) -> Path:
+        return self._instances / instance
+
+    def _read(self, instance: InstanceId) -> Guest:
+        path = self._home(instance) / STATE_FILE
+        try:
+            return read_state(path)
+        except FileNotFoundError:
+            self._raise_missing(instance, path)
+
+    def _raise_missing(self, instance: InstanceId, path: Path) -> NoReturn:
+        if instance in self._names():
+            raise BackendUnavailable(f'{path} is missing; write {{"state": "Stopped"}} or another state into it')
+        raise InstanceNotFound(f"{self._instances} has no instance {instance}")
+
+    def _prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
+        self._read(instance)
+        sizes = [size_of(self._home(instance) / name) for name in _FILES[kind]]
+        names = {manifest.name for manifest in self._catalog.manifests(instance)}
+        return Preparation(needed_bytes=sum(sizes) + MARGIN, path=self._catalog.root, taken_names=frozenset(names))
+
+    def _settle_snapshot(self, run: RunStarted) -> Snapshot | None:
+        # In this order: what can't be discarded any more has been published.
+        self._catalog.discard(run.instance_id, run.run_id)
+        manifest = self._catalog.find(run.instance_id, run.run_id)
+        return manifest.snapshot() if manifest is not None else None
+
+
+def _checked(instance: InstanceId) -> InstanceId:
+    try:
+        return check_instance_id(instance)
+    except RuleBroken as error:
+        raise InstanceNotFound(f"no instance can have this id: {error}") from error
+
+
+def _build(name: str, settings: Settings, surroundings: Surroundings) -> EmbeddedBackend:
+    del surroundings
+    return EmbeddedBackend(name, evolve(settings, root=settings.root.absolute()))
+
+
+@frozen
+class _Type:
+    settings: type[Settings] = Settings
+    build: Callable[[str, Settings, Surroundings], EmbeddedBackend] = _build
+
+
+TYPE: BackendType = _Type()

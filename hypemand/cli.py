@@ -1,0 +1,310 @@
+"""The command line. Each command imports what it needs alone, so that ``--help`` is quick."""
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from hypemand import __version__
+
+if TYPE_CHECKING:
+    from hypemand.config import Config
+    from hypemand.core.errors import Problem
+    from hypemand.surface.report import Overview, State
+
+OK, FAILED, LOCKED, BAD_CONFIG = 0, 1, os.EX_TEMPFAIL, os.EX_CONFIG
+
+_ABOUT = """\
+Periodic snapshots of virtual machines that never leave a guest frozen.
+
+hypemand reads schedules from its config and its state directory, pauses,
+captures and resumes each instance on time, and prunes by age and count.
+"""
+_EPILOG = """\
+To begin: copy config.example.toml, then run
+  hypemand check-config -c FILE     what is wrong with it, all of it
+  hypemand run -c FILE              the daemon, in the foreground
+  hypemand status -c FILE           what it does, and what it did
+
+The config is found at --config, $HYPEMAND_CONFIG, /etc/hypemand/config.toml,
+or ~/.config/hypemand/config.toml. Send the daemon SIGHUP to have edits taken
+up at once; otherwise that takes a few seconds. SIGTERM or SIGINT ends it.
+
+exit status: 0 done; 1 failed; 75 another daemon holds the state; 78 bad config
+"""
+
+
+class CommandError(Exception):
+    """A command can't go on: one line for stderr that says what to do next, and an exit status."""
+
+    def __init__(self, message: str, status: int = FAILED) -> None:
+        self.status = status
+        super().__init__(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command, and exit."""
+    options = _parser().parse_args(arguments)
+    try:
+        status = options.command(options)
+        sys.stdout.flush()
+    except CommandError as error:
+        print(f"hypemand: {error}", file=sys.stderr)
+        status = error.status
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = OK
+    sys.exit(status)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="hypemand",
+        description=_ABOUT,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"hypemand {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], about: str, more: str = "") -> Any:
+        sub = commands.add_parser(name, help=about, description=f"{about}. {more}".strip())
+        sub.add_argument("-c", "--config", metavar="FILE", help="the config file")
+        sub.set_defaults(command=command)
+        return sub
+
+    add("run", _run, "run the daemon in the foreground", "The log goes to stderr.")
+    check = add("check-config", _check_config, "check the config and its backends, and list every problem")
+    status = add("status", _status, "show each instance: state, next and last run, snapshots kept, errors")
+    plan = add("plan", _plan, "show what will run and what will be pruned, and why")
+    snapshots = add("snapshots", _snapshots, "list the scheduled snapshots that are kept")
+    history = add("history", _history, "list the runs, newest last")
+    add(
+        "recover",
+        _recover,
+        "settle runs that a crash left open, so that every guest runs",
+        "Beside a living daemon there is nothing to do: it settles them itself.",
+    )
+    for sub in (check, status, plan, snapshots, history):
+        sub.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
+    for sub in (status, plan, snapshots, history):
+        sub.add_argument("instance", nargs="?", metavar="INSTANCE", help="this instance alone")
+    plan.add_argument(
+        "--for", dest="within", default="24h", metavar="DURATION", help="how far to look ahead, like 12h or 168h (24h)"
+    )
+    return parser
+
+
+def _load(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem]]":
+    """The config file, its content if it is valid, and its problems."""
+    from hypemand.backends.registry import parse_settings
+    from hypemand.config_files import find_config, load_config
+    from hypemand.core.errors import InvalidInput
+
+    path = find_config(options.config)
+    try:
+        return path, load_config(path, parse_settings), []
+    except InvalidInput as error:
+        return path, None, list(error.problems)
+    except OSError as error:
+        hint = (
+            "; name one with --config, or copy config.example.toml there"
+            if isinstance(error, FileNotFoundError)
+            else ""
+        )
+        raise CommandError(f"config {path} can't be read: {error.strerror}{hint}", BAD_CONFIG) from None
+
+
+def _tell_problems(path: Path, problems: "list[Problem]") -> int:
+    for problem in problems:
+        print(f"{path}: {problem}", file=sys.stderr)
+    print(f"hypemand: {len(problems)} problem{'s' * (len(problems) != 1)} in {path}", file=sys.stderr)
+    return BAD_CONFIG
+
+
+def _run(options: argparse.Namespace) -> int:
+    path, config, problems = _load(options)
+    if config is None:
+        return _tell_problems(path, problems)
+    import trio
+
+    from hypemand.daemon import run_daemon
+    from hypemand.state.codec import NewerFormatError
+    from hypemand.state.lock import LockHeldError
+    from hypemand.surface.log import set_up_log
+
+    set_up_log(config.log)
+    try:
+        trio.run(partial(run_daemon, path, config), strict_exception_groups=True)
+    except* LockHeldError as held:
+        raise CommandError(f"{held.exceptions[0]}; stop that one first", LOCKED) from None
+    except* NewerFormatError as newer:
+        raise CommandError(f"the state is that of a newer hypemand: {newer.exceptions[0]}", BAD_CONFIG) from None
+    return OK
+
+
+def _check_config(options: argparse.Namespace) -> int:
+    path, config, problems = _load(options)
+    warnings: list[str] = []
+    if config is not None:
+        import trio
+
+        from hypemand.config import config_warnings
+        from hypemand.surface.checks import check_backends
+
+        found = trio.run(check_backends, config)
+        problems, warnings = found.problems, [*config_warnings(config), *found.warnings]
+    if options.json:
+        _print_json(
+            {
+                "config": str(path),
+                "problems": [{"path": p.path, "message": p.message} for p in problems],
+                "warnings": warnings,
+            }
+        )
+        return BAD_CONFIG if problems else OK
+    for warning in warnings:
+        print(f"{path}: warning: {warning}", file=sys.stderr)
+    if problems or config is None:
+        return _tell_problems(path, problems)
+    print(f"{path}: valid; {len(config.backends)} backends, {len(config.schedules)} schedules")
+    return OK
+
+
+def _state(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem], State]":
+    from hypemand.config_files import guess_state_dir
+    from hypemand.engine.clock import SystemClock
+    from hypemand.surface.report import read_state
+
+    path, config, problems = _load(options)
+    state_dir = config.state_dir if config else guess_state_dir(path.read_bytes(), path.absolute().parent)
+    try:
+        return path, config, problems, read_state(state_dir, SystemClock().now())
+    except OSError as error:
+        raise CommandError(f"state can't be read: {error}; run this as the user that the daemon runs as") from None
+
+
+def _look(options: argparse.Namespace) -> "tuple[Overview, list[str]]":
+    """Everything about the instances, and the config's problems."""
+    import trio
+
+    from hypemand.surface.report import look_offline
+
+    path, config, problems, state = _state(options)
+    overview = trio.run(look_offline, state, config, options.instance)
+    if options.instance is not None and not overview.instances:
+        raise CommandError(f"no schedule and no backend knows an instance {options.instance!r}; see: hypemand status")
+    return overview, [f"{path}: {problem}" for problem in problems]
+
+
+def _status(options: argparse.Namespace) -> int:
+    from hypemand.engine.clock import SystemClock
+    from hypemand.surface.documents import overview_document
+    from hypemand.surface.render import show, status_notes, status_table
+
+    overview, config_problems = _look(options)
+    now = SystemClock().now()
+    if options.json:
+        _print_json(overview_document(overview, config_problems, now))
+        return OK
+    show(status_table(overview, now))
+    for note in status_notes(overview, config_problems):
+        print(note, file=sys.stderr)
+    return OK
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from hypemand.core.duration import parse_duration
+    from hypemand.core.errors import RuleBroken
+    from hypemand.engine.clock import SystemClock
+    from hypemand.surface.documents import planned_document
+    from hypemand.surface.plan import planned_runs
+    from hypemand.surface.render import plan_table, show
+
+    try:
+        within = parse_duration(options.within)
+    except RuleBroken as error:
+        raise CommandError(f"--for {error}", os.EX_USAGE) from None
+    overview, config_problems = _look(options)
+    planned = planned_runs(overview, now=SystemClock().now(), within=within)
+    _warn([*config_problems, *overview.problems, *overview.warnings])
+    if options.json:
+        _print_json([planned_document(view, run) for view, run in planned])
+    else:
+        show(plan_table(planned))
+    return OK
+
+
+def _snapshots(options: argparse.Namespace) -> int:
+    from hypemand.engine.clock import SystemClock
+    from hypemand.surface.documents import snapshot_document
+    from hypemand.surface.render import show, snapshots_table
+
+    overview, config_problems = _look(options)
+    unknown = [
+        f"{v.instance_id}: snapshots can't be listed: {v.trouble}" for v in overview.instances if v.snapshots is None
+    ]
+    _warn([*config_problems, *overview.problems, *unknown])
+    listed = [snapshot for view in overview.instances for snapshot in view.snapshots or ()]
+    if options.json:
+        _print_json([snapshot_document(snapshot) for snapshot in listed])
+    else:
+        show(snapshots_table(listed, SystemClock().now()))
+    return FAILED if unknown and options.instance else OK
+
+
+def _history(options: argparse.Namespace) -> int:
+    from hypemand.surface.documents import run_document
+    from hypemand.surface.render import history_table, show
+
+    path, _, problems, state = _state(options)
+    runs = state.log.finished(options.instance)
+    if options.instance and not runs and options.instance not in state.schedules:
+        raise CommandError(f"no run and no schedule of an instance {options.instance!r}; see: hypemand status")
+    _warn([*(f"{path}: {problem}" for problem in problems), *state.log.damaged])
+    if options.json:
+        _print_json([run_document(run) for run in runs])
+    else:
+        show(history_table(runs))
+    return OK
+
+
+def _recover(options: argparse.Namespace) -> int:
+    import trio
+
+    from hypemand.engine.offline import recover
+    from hypemand.state.codec import NewerFormatError
+    from hypemand.surface.log import set_up_log
+
+    path, config, problems = _load(options)
+    if config is None:
+        from hypemand.config import Config
+        from hypemand.config_files import guess_state_dir
+
+        _tell_problems(path, problems)  # but guests may be frozen: the run log has all that is needed to thaw them
+        config = Config(guess_state_dir(path.read_bytes(), path.absolute().parent))
+    set_up_log(config.log)
+    try:
+        result = trio.run(recover, config)
+    except* NewerFormatError as newer:
+        raise CommandError(f"the state is that of a newer hypemand: {newer.exceptions[0]}", BAD_CONFIG) from None
+    except* OSError as error:
+        raise CommandError(f"state can't be read: {error.exceptions[0]}") from None
+    for line in result.left:
+        print(f"hypemand: still open: {line}", file=sys.stderr)
+    print(result.summary)
+    return FAILED if result.left else OK
+
+
+def _warn(lines: list[str]) -> None:
+    for line in lines:
+        print(f"hypemand: {line}", file=sys.stderr)
+
+
+def _print_json(document: Any) -> None:
+    import orjson
+
+    print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())

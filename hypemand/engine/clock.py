@@ -1,0 +1,133 @@
+"""Wall clock, boot-time clock and time zone, and the watch that notices when the wall clock jumps."""
+
+import ctypes
+import os
+import struct
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import Protocol
+from zoneinfo import ZoneInfo
+
+import structlog
+
+from hypemand.core.structure import format_instant
+
+JUMP = timedelta(seconds=30)
+LONGEST_WAIT = timedelta(days=1)
+_STA_UNSYNC = 0x0040
+_STATUS_OFFSET = 40  # of `status` in struct timex, 64-bit Linux: four longs and a padded int before it
+_log = structlog.get_logger()
+
+
+class Clock(Protocol):
+    """Where the engine gets its time from. Sleeping is trio's."""
+
+    def now(self) -> datetime:
+        """Wall clock, aware UTC. May jump."""
+
+    def boot_s(self) -> float:
+        """Seconds since boot, suspend included. Never jumps."""
+
+    def synchronised(self) -> bool | None:
+        """Whether the kernel calls the wall clock synchronised; None where it can't tell."""
+
+    def zone(self) -> tzinfo:
+        """The local time zone, for times of day in the config."""
+
+
+class SystemClock:
+    """The clocks of this machine."""
+
+    def now(self) -> datetime:
+        """See `Clock.now`."""
+        return datetime.now(UTC)
+
+    def boot_s(self) -> float:
+        """See `Clock.boot_s`."""
+        return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+    def synchronised(self) -> bool | None:
+        """See `Clock.synchronised`: asks adjtimex(2)."""
+        try:
+            buffer = ctypes.create_string_buffer(512)
+            if ctypes.CDLL(None).adjtimex(buffer) < 0 or struct.calcsize("l") != 8:
+                return None
+        except (OSError, AttributeError):
+            return None
+        (status,) = struct.unpack_from("i", buffer.raw, _STATUS_OFFSET)
+        return not status & _STA_UNSYNC
+
+    def zone(self) -> tzinfo:
+        """See `Clock.zone`: ``$TZ``, else /etc/localtime, else UTC."""
+        try:
+            if os.environ.get("TZ"):
+                return ZoneInfo(os.environ["TZ"])
+            with Path("/etc/localtime").open("rb") as file:
+                return ZoneInfo.from_file(file)
+        except (OSError, ValueError, KeyError):
+            return UTC
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot; empty where there is none."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+class ClockWatch:
+    """Compares the wall clock with the boot-time clock, and says when pruning by age has to wait.
+
+    Pruning by age waits for one clean interval, at most a day, after a jump or
+    after a start whose clock precedes what was recorded before, and while the
+    kernel calls the clock unsynchronised.
+    """
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._wall = clock.now()
+        self._boot_s = clock.boot_s()
+        self._suspect_since_s: float | None = None
+        self.jumps = 0
+
+    def check_start(self, newest_recorded: datetime | None) -> None:
+        """Distrust a clock that stands before *newest_recorded*, the newest instant in the state."""
+        if newest_recorded is not None and self._clock.now() < newest_recorded:
+            self._suspect_since_s = self._clock.boot_s()
+            _log.error(
+                "the clock stands before what was recorded; pruning by age waits",
+                clock=format_instant(self._clock.now()),
+                newest_recorded=format_instant(newest_recorded),
+            )
+
+    def check(self, on_jump: Callable[[timedelta], None]) -> None:
+        """Call *on_jump* with how far the wall clock jumped since the last check, if it did by more than 30 s."""
+        wall, boot_s = self._clock.now(), self._clock.boot_s()
+        jump = (wall - self._wall) - timedelta(seconds=boot_s - self._boot_s)
+        self._wall, self._boot_s = wall, boot_s
+        if abs(jump) > JUMP:
+            self.jumps += 1
+            self._suspect_since_s = boot_s
+            _log.warning(
+                "the clock jumped; pruning by age waits, times are set anew",
+                by_s=round(jump.total_seconds(), 3),
+                clock=format_instant(wall),
+            )
+            on_jump(jump)
+
+    def why_age_waits(self, interval: timedelta) -> str | None:
+        """Why a schedule of *interval* must not prune by age now, or None when it may."""
+        if self._clock.synchronised() is False:
+            return "the kernel says that the clock is not synchronised"
+        if self.distrusted(min(interval, LONGEST_WAIT)):
+            return "the clock was wrong or jumped less than one interval ago"
+        return None
+
+    def distrusted(self, since: timedelta) -> bool:
+        """Whether the clock jumped, or was found wrong, less than *since* ago."""
+        if self._suspect_since_s is None:
+            return False
+        return timedelta(seconds=self._clock.boot_s() - self._suspect_since_s) < since

@@ -1,0 +1,271 @@
+"""The engine's parts put together: load, settle, reconcile, serve, stop. Knows nothing of processes and signals."""
+
+import math
+import secrets
+from collections.abc import Callable
+from datetime import datetime
+
+import structlog
+import trio
+from attrs import field, frozen
+
+from hypemand.config import Config
+from hypemand.core.model import InstanceId
+from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
+from hypemand.engine.fleet import Fleet
+from hypemand.engine.gone import GoneWatch
+from hypemand.engine.limits import Patience
+from hypemand.engine.pruning import Pruner
+from hypemand.engine.reconcile import Reconciler, discover
+from hypemand.engine.recorder import Recorder
+from hypemand.engine.recovery import Recovery
+from hypemand.engine.runner import Means, Runner
+from hypemand.engine.scheduler import Scheduler
+from hypemand.engine.slots import Slots
+from hypemand.engine.space import Measure, Space, measure
+from hypemand.state.codec import Line
+from hypemand.state.files import Disk
+from hypemand.state.replay import lay_over, remembered
+from hypemand.state.runlog import LogContent, RunLog
+from hypemand.state.store import Store
+
+LAST_THAW_S = 5.0
+_log = structlog.get_logger()
+
+
+@frozen
+class Tempo:
+    """How often what failed is tried again, and patterns are looked up; seconds."""
+
+    save_s: float = 1.0
+    settle_first_s: float = 1.0
+    settle_most_s: float = 30.0
+    discover_s: float = 30.0
+
+
+@frozen(kw_only=True)
+class Outside:
+    """What the engine takes from its machine; tests put their own in its place."""
+
+    clock: Clock
+    disk: Disk
+    measure: Measure
+    new_id: Callable[[], str]
+    boot_id: str
+    patience: Patience = field(factory=Patience)
+    tempo: Tempo = field(factory=Tempo)
+
+
+def this_machine() -> Outside:
+    """The real clock, disk and identity."""
+    return Outside(clock=SystemClock(), disk=Disk(), measure=measure, new_id=_new_run_id, boot_id=boot_id())
+
+
+def _new_run_id() -> str:
+    return f"r{secrets.token_hex(12)[1:]}"  # a letter first: it is part of QEMU job ids and file names
+
+
+class Engine:
+    """One engine over one state directory, whose lock the caller holds.
+
+    Call `load` first; then `start` and `serve`, or only ``recovery.settle_all``.
+    """
+
+    def __init__(self, config: Config, fleet: Fleet, outside: Outside, background: trio.Nursery) -> None:
+        self.config = config
+        self.fleet = fleet
+        self.problems: tuple[str, ...] = ()
+        self._outside = outside
+        self._background = background
+        self._applying = trio.Lock()
+        clock, patience = outside.clock, outside.patience
+        self.give_up = trio.Event()
+        self.watch = ClockWatch(clock)
+        self.store = Store(config.state_dir, outside.disk, clock.now)
+        self.runlog = RunLog(config.state_dir, outside.disk)
+        self.slots = Slots(config.runs.concurrency)
+        self.recorder = Recorder(clock, self.store, self.runlog, self.give_up)
+        self.recovery = Recovery(
+            clock=clock,
+            runlog=self.runlog,
+            recorder=self.recorder,
+            fleet=fleet,
+            patience=patience,
+            boot_id=outside.boot_id,
+        )
+        self._pruner = Pruner(clock, self.watch, patience)
+        self.runner = Runner(self._means())
+        self.scheduler = Scheduler(
+            clock=clock, watch=self.watch, store=self.store, runlog=self.runlog, runner=self.runner
+        )
+
+    def _means(self) -> Means:
+        outside = self._outside
+        gone = GoneWatch(
+            clock=outside.clock,
+            watch=self.watch,
+            store=self.store,
+            recorder=self.recorder,
+            pruner=self._pruner,
+            on_removed=lambda instance: self.scheduler.refresh(instance),  # noqa: PLW0108 - it is made later
+        )
+        return Means(
+            clock=outside.clock,
+            store=self.store,
+            runlog=self.runlog,
+            fleet=self.fleet,
+            slots=self.slots,
+            space=Space(outside.measure),
+            pruner=self._pruner,
+            recorder=self.recorder,
+            gone=gone,
+            limits=lambda: self.config.runs,
+            patience=outside.patience,
+            new_id=outside.new_id,
+            boot_id=outside.boot_id,
+            give_up=self.give_up,
+            hand_over=self.recovery.hand_over,
+            background=self._background,
+        )
+
+    async def load(self) -> None:
+        """Read the state, and lay the run log over the schedules.
+
+        Raises:
+            NewerFormatError: The state is that of a later version; it was not touched.
+            OSError: The state can't be read.
+        """
+        await self.store.load()
+        history = await self.runlog.open()
+        self._lay_over(history)
+        self.watch.check_start(_newest_instant(history, self.store))
+        self._used = await self._used_backends(history)
+        self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))
+
+    def _lay_over(self, history: LogContent) -> None:
+        by_instance: dict[InstanceId, list[Line]] = {}
+        for line in history.lines:
+            by_instance.setdefault(line.instance_id, []).append(line)
+        now = self._outside.clock.now()
+        for instance, lines in by_instance.items():
+            schedule = self.store.schedules.get(instance)
+            if schedule is not None and (after := lay_over(schedule, lines, now)) != schedule:
+                self.store.hold(after)
+
+    async def _used_backends(self, history: LogContent) -> frozenset[str]:
+        """Names of backends through which something was captured before: their directories must be there already."""
+        schedules = [*self.store.schedules.values(), *await self.store.all_retired()]
+        of_schedules = {s.backend for s in schedules if s.backend and s.last_snapshot_id}
+        return frozenset(of_schedules | {line.backend for line in history.started()})
+
+    async def start(self) -> None:
+        """Open the backends, settle what a crash left behind, and bring the schedules in line with the config."""
+        await self._use_backends()
+        await self.recovery.settle_all()
+        await self._reconcile()
+        self._warn_of_clock()
+
+    async def _use_backends(self) -> None:
+        await self.fleet.apply(self.config.backends, used=self._used)
+        limits = {name: backend.concurrency for name, backend in self.config.backends.items()}
+        self.slots.resize(self.config.runs.concurrency, limits)
+
+    async def _reconcile(self) -> frozenset[InstanceId]:
+        changed, problems = await self._reconciler.apply(self.config, await discover(self.fleet.backends))
+        for problem in problems:
+            if problem not in self.problems:
+                _log.error("schedule not made as the config wants it", error=problem)
+        self.problems = problems
+        return changed
+
+    def _warn_of_clock(self) -> None:
+        by_age = [s.interval for s in self.store.schedules.values() if s.retention.max_age]
+        why = self.watch.why_age_waits(min(by_age)) if by_age else None
+        if why is not None:
+            _log.warning("snapshots are not pruned by age for now", why=why, schedules=len(by_age))
+
+    async def serve(self) -> None:
+        """Run schedules until `stop`, and until what is under way then has ended."""
+        async with trio.open_nursery() as housekeeping:
+            housekeeping.start_soon(self._keep_saving)
+            housekeeping.start_soon(self._keep_looking)
+            housekeeping.start_soon(self._keep_settling)
+            await self.scheduler.serve(self.config.runs.concurrency)
+            housekeeping.cancel_scope.cancel()
+        await self.close()
+
+    async def close(self) -> None:
+        """Write what is not written yet, and let go of files and backends."""
+        with trio.CancelScope(shield=True):
+            await self._save_unsaved()
+            await self.fleet.aclose()
+            self.runlog.close()
+
+    def stop(self, grace_s: float) -> None:
+        """Begin no more runs; those under way get *grace_s*, and then the time to resume their guests.
+
+        Called again, it can only shorten the grace.
+        """
+        self.scheduler.stop(grace_s)
+        self._background.start_soon(self._give_up_after, grace_s + LAST_THAW_S)
+
+    async def _give_up_after(self, seconds: float) -> None:
+        await trio.sleep(seconds)
+        self.give_up.set()
+
+    async def apply_config(self, config: Config) -> None:
+        """Put *config* in force, for all but its state directory."""
+        async with self._applying:
+            self.config = config
+            await self._use_backends()
+            for instance in await self._reconcile():
+                self.scheduler.refresh(instance)
+
+    async def reread(self) -> None:
+        """Take in schedule files that were edited by hand."""
+        async with self._applying:
+            for instance in await self.store.reread():
+                _log.info("schedule file read again", instance_id=instance)
+                self.scheduler.refresh(instance)
+
+    async def _keep_saving(self) -> None:
+        while True:
+            await self.store.has_unsaved.wait()
+            await self._save_unsaved()
+            if self.store.unsaved:
+                await trio.sleep(self._outside.tempo.save_s)
+
+    async def _save_unsaved(self) -> None:
+        try:
+            await self.store.save_unsaved()
+        except OSError as error:
+            _log.error("schedules not written; trying again", schedules=len(self.store.unsaved), error=str(error))
+
+    async def _keep_looking(self) -> None:
+        while True:
+            await trio.sleep(self._outside.tempo.discover_s)
+            if self.store.unreadable:
+                await self.reread()
+            if any(entry.is_pattern for entry in self.config.schedules):
+                async with self._applying:
+                    for instance in await self._reconcile():
+                        self.scheduler.refresh(instance)
+
+    async def _keep_settling(self) -> None:
+        tempo = self._outside.tempo
+        pause_s = tempo.settle_first_s
+        while True:
+            self.recovery.handed_over = trio.Event()
+            busy = frozenset(progress.run_id for progress in self.runner.active.values())
+            left = await self.recovery.settle_all(busy)
+            pause_s = min(2 * pause_s, tempo.settle_most_s) if left else tempo.settle_first_s
+            with trio.move_on_after(pause_s if left else math.inf):
+                await self.recovery.handed_over.wait()
+
+
+def _newest_instant(history: LogContent, store: Store) -> datetime | None:
+    """The newest moment that the state knows to have been. A start before it has a wrong clock."""
+    lines = [line.started_at for line in history.lines]
+    finished = [line.finished_at for line in history.finished()]
+    updated = [schedule.updated_at for schedule in store.schedules.values()]
+    return max([*lines, *finished, *updated], default=None)

@@ -1,0 +1,147 @@
+"""The backends in use. One that the config changes or drops goes on serving the runs that began with it."""
+
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+import trio
+from attrs import define
+
+from hypemand.backends import registry
+from hypemand.backends.base import Backend, BackendError, Surroundings
+from hypemand.config import BackendConfig
+from hypemand.core.errors import HypemandError
+
+OPEN_TIMEOUT_S = 30.0
+_log = structlog.get_logger()
+
+Connect = Callable[[str, Mapping[str, Any]], Backend]
+"""Name and connection to a backend; does no I/O."""
+Build = Callable[[str, BackendConfig], Backend]
+"""Name and config table to a backend; does no I/O."""
+
+
+class UnknownBackendError(HypemandError):
+    """A schedule names a backend that the config doesn't have."""
+
+
+@define(eq=False)
+class _Live:
+    backend: Backend
+    config: BackendConfig
+    users: int = 0
+    dropped: bool = False
+
+
+class Fleet:
+    """Backends by name, each counted by the runs that use it."""
+
+    def __init__(self, build: Build, connect: Connect) -> None:
+        self._build = build
+        self._connect = connect
+        self._live: dict[str, _Live] = {}
+
+    @property
+    def backends(self) -> dict[str, Backend]:
+        """The backends of the config in force."""
+        return {name: live.backend for name, live in self._live.items()}
+
+    def resolve(self, name: str | None) -> str:
+        """*name*, or where it is None that of the only backend there is.
+
+        Raises:
+            UnknownBackendError: There is no such backend, or several to choose from.
+        """
+        known = ", ".join(self._live) or "none"
+        if name is None and len(self._live) == 1:
+            return next(iter(self._live))
+        if name is None:
+            raise UnknownBackendError(f"the schedule names no backend, and the config has not just one: {known}")
+        if name not in self._live:
+            raise UnknownBackendError(f"backend {name!r} is not in the config (known: {known})")
+        return name
+
+    @asynccontextmanager
+    async def lease(self, name: str) -> AsyncIterator[Backend]:
+        """The backend called *name*, kept open until the end of the block."""
+        live = self._live[self.resolve(name)]
+        live.users += 1
+        try:
+            yield live.backend
+        finally:
+            live.users -= 1
+            await _close_if_done(live)
+
+    @asynccontextmanager
+    async def reconnect(self, name: str, connection: Mapping[str, Any]) -> AsyncIterator[Backend]:
+        """The backend that a run began with: the one in use if its connection is still the same, else one of its own.
+
+        Raises:
+            InvalidInput: This version doesn't know the connection's type or settings.
+        """
+        live = self._live.get(name)
+        if live is not None and live.backend.connection == connection:
+            async with self.lease(name) as backend:
+                yield backend
+            return
+        backend = self._connect(name, connection)
+        try:
+            yield backend
+        finally:
+            with trio.CancelScope(shield=True):
+                await backend.aclose()
+
+    async def apply(self, configs: Mapping[str, BackendConfig], *, used: Collection[str]) -> None:
+        """Have the backends of *configs*, opened; those whose table did not change stay as they are.
+
+        Args:
+            used: Names of backends through which something was captured before.
+        """
+        for name in [*self._live]:
+            if configs.get(name) != self._live[name].config:
+                live = self._live.pop(name)
+                live.dropped = True
+                await _close_if_done(live)
+        added = self.build(configs)
+        async with trio.open_nursery() as nursery:
+            for backend in added:
+                nursery.start_soon(self._open, backend, backend.name not in used)
+
+    def build(self, configs: Mapping[str, BackendConfig]) -> list[Backend]:
+        """Have the backends of *configs*, not opened, which is enough for looking; returns the new ones."""
+        added = [name for name in configs if name not in self._live]
+        for name in added:
+            self._live[name] = _Live(self._build(name, configs[name]), configs[name])
+        return [self._live[name].backend for name in added]
+
+    async def _open(self, backend: Backend, first_use: bool) -> None:  # noqa: FBT001 - start_soon takes no keywords
+        try:
+            with trio.fail_after(OPEN_TIMEOUT_S):
+                await backend.open(first_use=first_use)
+        except (BackendError, trio.TooSlowError) as error:
+            _log.error("backend not ready", backend=backend.name, error=str(error) or "no answer")
+
+    async def aclose(self) -> None:
+        """Close every backend."""
+        await self.apply({}, used=())
+
+
+async def _close_if_done(live: _Live) -> None:
+    if live.dropped and live.users == 0:
+        with trio.CancelScope(shield=True):
+            await live.backend.aclose()
+
+
+def new_fleet(state_dir: Path) -> Fleet:
+    """A fleet of the backend types that are installed, for the state in *state_dir*."""
+    surroundings = Surroundings(state_dir)
+
+    def build(name: str, config: BackendConfig) -> Backend:
+        return registry.backend_type(config.type).build(name, config.settings, surroundings)
+
+    def connect(name: str, connection: Mapping[str, Any]) -> Backend:
+        return registry.connect(name, connection, surroundings)
+
+    return Fleet(build, connect)

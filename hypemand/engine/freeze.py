@@ -1,0 +1,157 @@
+"""From pause to resume. Whatever happens in between, the guest runs again.
+
+No disk write of hypemand's own may stand between the two.
+"""
+
+import structlog
+import trio
+from attrs import define, field, frozen
+
+from hypemand.backends.base import (
+    Backend,
+    BackendError,
+    Captured,
+    CaptureFailed,
+    CaptureRequest,
+    InstanceNotFound,
+    InvalidState,
+)
+from hypemand.core.errors import HypemandError
+from hypemand.core.model import InstanceId, InstanceState
+from hypemand.core.runstate import Steps
+from hypemand.engine.limits import Patience, answer
+from hypemand.engine.slots import Slot
+
+_log = structlog.get_logger()
+
+
+class StillFrozenError(HypemandError):
+    """The guest could not be resumed before hypemand had to stop. The run stays open for the next one to settle."""
+
+
+@define
+class FreezeRecord:
+    """What a freeze came to: how long, and what went wrong with the resume."""
+
+    freeze_s: float | None = None
+    capture_s: float | None = None
+    thaw_failures: list[str] = field(factory=list)
+
+    def thaw_note(self) -> str | None:
+        """What the failed tries to resume were, or None."""
+        if not self.thaw_failures:
+            return None
+        tries = len(self.thaw_failures)
+        return f"resume failed {tries} time{'s' * (tries > 1)} before it held: {self.thaw_failures[-1]}"
+
+
+@frozen
+class Budget:
+    """Longest freeze and longest capture, in seconds."""
+
+    max_freeze_s: float
+    capture_timeout_s: float
+
+
+@frozen
+class Freeze:
+    """One capture of one instance, frozen and thawed."""
+
+    backend: Backend
+    instance: InstanceId
+    steps: Steps
+    budget: Budget
+    patience: Patience
+    give_up: trio.Event
+    record: FreezeRecord = field(factory=FreezeRecord)
+
+    async def capture(self, request: CaptureRequest, slot: Slot, background: trio.Nursery) -> Captured:
+        """Freeze where the steps say so, capture, thaw.
+
+        The slot is given back at the end of the budget, or once a thaw has to
+        be tried again, so that a hung guest stops nobody else.
+
+        Raises:
+            BackendError: The pause or the capture failed; the guest runs.
+            StillFrozenError: The guest could not be resumed.
+        """
+        timer = trio.CancelScope()
+        background.start_soon(_release_later, slot, self.budget.max_freeze_s, timer)
+        try:
+            captured = await self._frozen_capture(request, slot)
+        finally:
+            timer.cancel()
+        if captured.freeze_s is not None:
+            self.record.freeze_s = captured.freeze_s
+        return captured
+
+    async def _frozen_capture(self, request: CaptureRequest, slot: Slot) -> Captured:
+        if not self.steps.pauses:
+            return await self._timed_capture(request, self.budget.capture_timeout_s)
+        began = trio.current_time()
+        try:
+            await answer(
+                "pause",
+                min(self.patience.answer_s, self.budget.max_freeze_s),
+                lambda: self.backend.pause(self.instance),
+            )
+            return await self._timed_capture(request, self._time_left(began))
+        finally:
+            with trio.CancelScope(shield=True):
+                await self._thaw(slot)
+            self.record.freeze_s = trio.current_time() - began
+
+    def _time_left(self, began: float) -> float:
+        if not self.backend.capabilities.abortable:
+            return self.budget.capture_timeout_s
+        left = self.budget.max_freeze_s - (trio.current_time() - began)
+        return max(0.0, min(left, self.budget.capture_timeout_s))
+
+    async def _timed_capture(self, request: CaptureRequest, within_s: float) -> Captured:
+        began = trio.current_time()
+        try:
+            with trio.move_on_after(within_s):
+                return await self.backend.capture(self.instance, request)
+        finally:
+            self.record.capture_s = trio.current_time() - began
+        limit = "freeze budget" if within_s < self.budget.capture_timeout_s else "runs.capture_timeout"
+        raise CaptureFailed(f"capture took longer than its {limit} allows and was stopped after {within_s:.1f} s")
+
+    async def _thaw(self, slot: Slot) -> None:
+        pause_s = self.patience.thaw_first_s
+        while (failure := await self._try_resume()) is not None:
+            self.record.thaw_failures.append(failure)
+            slot.release()
+            _log.error("guest not resumed; trying again", instance_id=self.instance, error=failure)
+            if self.give_up.is_set():
+                raise StillFrozenError(f"the guest is still frozen, resume failed: {failure}")
+            with trio.move_on_after(pause_s):
+                await self.give_up.wait()
+            pause_s = min(2 * pause_s, self.patience.thaw_most_s)
+
+    async def _try_resume(self) -> str | None:
+        """Resume once; None when the guest runs, or there is nothing left to resume."""
+        try:
+            await answer("resume", self.patience.answer_s, lambda: self.backend.resume(self.instance))
+        except InstanceNotFound:
+            return None
+        except InvalidState as error:
+            return await self._why_not_resumed(str(error))
+        except Exception as error:  # noqa: BLE001 - a bug in a backend is no reason to leave a guest frozen
+            return str(error) or type(error).__name__
+        return None
+
+    async def _why_not_resumed(self, error: str) -> str | None:
+        try:
+            status = await answer("state", self.patience.answer_s, lambda: self.backend.state(self.instance))
+        except InstanceNotFound:
+            return None
+        except BackendError as unknown:
+            return f"{error}; {unknown}"
+        return error if status.state is InstanceState.PAUSED else None
+
+
+async def _release_later(slot: Slot, after_s: float, timer: trio.CancelScope) -> None:
+    with timer:
+        await trio.sleep(after_s)
+        slot.release()

@@ -1,0 +1,78 @@
+"""Instances that are gone: when that is certain, and what then becomes of their schedules."""
+
+from collections.abc import Callable
+from datetime import timedelta
+
+import structlog
+from attrs import evolve
+
+from hypemand.backends.base import Backend
+from hypemand.core.model import InstanceId, ManagedBy, Schedule
+from hypemand.core.retention import outlived
+from hypemand.core.structure import format_instant
+from hypemand.engine.clock import Clock, ClockWatch
+from hypemand.engine.pruning import Pruner, PruneResult
+from hypemand.engine.recorder import Recorder
+from hypemand.state.store import Store
+
+CERTAIN_AFTER = timedelta(hours=24)
+_log = structlog.get_logger()
+
+
+class GoneWatch:
+    """Remembers since when an authoritative answer says that an instance does not exist.
+
+    After 24 hours of that answer alone its snapshots lose their protection,
+    and its schedule ends once it has nothing left to prune. A schedule from
+    the config stays: there the operator says what is wanted.
+    """
+
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        watch: ClockWatch,
+        store: Store,
+        recorder: Recorder,
+        pruner: Pruner,
+        on_removed: Callable[[InstanceId], None],
+    ) -> None:
+        self._clock = clock
+        self._watch = watch
+        self._store = store
+        self._recorder = recorder
+        self._pruner = pruner
+        self._on_removed = on_removed
+
+    async def found(self, instance: InstanceId) -> None:
+        """The hypervisor knows *instance*: whatever was said before no longer counts."""
+        schedule = self._store.schedules.get(instance)
+        if schedule is not None and schedule.gone_since_at is not None:
+            await self._recorder.put(evolve(schedule, gone_since_at=None))
+
+    async def not_found(self, backend: Backend, instance: InstanceId) -> PruneResult:
+        """The hypervisor says that there is no *instance*. What was pruned because of that, nothing as a rule."""
+        schedule = self._store.schedules.get(instance)
+        if schedule is None:
+            return PruneResult()
+        now = self._clock.now()
+        if schedule.gone_since_at is None or schedule.gone_since_at > now:
+            await self._recorder.put(evolve(schedule, gone_since_at=now))
+            return PruneResult()
+        if now - schedule.gone_since_at < CERTAIN_AFTER or self._watch.distrusted(CERTAIN_AFTER):
+            return PruneResult()
+        result = await self._pruner.prune(backend, schedule, protected=())
+        if not result.errors and outlived(result.left, schedule.retention):
+            await self._end(schedule)
+        return result
+
+    async def _end(self, schedule: Schedule) -> None:
+        if schedule.managed_by is ManagedBy.CONFIG:
+            return
+        _log.warning(
+            "instance is gone and nothing is left to prune; its schedule ends",
+            instance_id=schedule.instance_id,
+            gone_since=format_instant(schedule.gone_since_at) if schedule.gone_since_at else None,
+        )
+        await self._store.remove(schedule.instance_id)
+        self._on_removed(schedule.instance_id)

@@ -1,0 +1,51 @@
+"""Time limits on what a hypervisor is asked, and on how failures before a freeze are tried again."""
+
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from typing import TypeVar
+
+import trio
+from attrs import frozen
+
+from hypemand.backends.base import BackendUnavailable
+
+T = TypeVar("T")
+
+RETRY_DELAYS = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15))
+
+
+@frozen
+class Patience:
+    """How long to wait for a hypervisor, in seconds.
+
+    Attributes:
+        answer_s: For a question that takes no work.
+        settle_s: For clearing up after a run, before that is left to the recovery.
+        thaw_first_s, thaw_most_s: First and longest wait between tries to resume a guest.
+    """
+
+    answer_s: float = 10.0
+    settle_s: float = 10.0
+    thaw_first_s: float = 0.1
+    thaw_most_s: float = 5.0
+
+
+async def answer(what: str, within_s: float, ask: Callable[[], Awaitable[T]]) -> T:
+    """What *ask* returns.
+
+    Raises:
+        BackendUnavailable: It took longer than *within_s*.
+    """
+    with trio.move_on_after(within_s):
+        return await ask()
+    raise BackendUnavailable(f"the hypervisor did not answer within {within_s:g} s ({what})")
+
+
+def retry_delays(interval: timedelta) -> tuple[timedelta, ...]:
+    """Waits between the tries of one run: 1, 5 and 15 minutes, together no more than a quarter of *interval*."""
+    delays: list[timedelta] = []
+    for delay in RETRY_DELAYS:
+        if sum(delays, delay) > interval / 4:
+            break
+        delays.append(delay)
+    return tuple(delays)

@@ -1,0 +1,58 @@
+"""How far a run has come, and the finished line that comes of it."""
+
+from datetime import datetime
+
+from attrs import define, field
+
+from hypemand.core.model import InstanceId, Outcome, Pruned, RunFinished, RunStarted, Snapshot, Trigger
+from hypemand.engine.freeze import FreezeRecord
+
+
+@define
+class Progress:
+    """How far a run has come; what its finished line is made of."""
+
+    run_id: str
+    due_at: datetime
+    trigger: Trigger
+    began_at: datetime
+    missed: int
+    started: RunStarted | None = None
+    freeze: FreezeRecord = field(factory=FreezeRecord)
+    snapshot: Snapshot | None = None
+    pruned: tuple[Pruned, ...] = ()
+    outcome: Outcome = Outcome.SUCCEEDED
+    notes: list[str] = field(factory=list)
+
+    def end(self, outcome: Outcome, note: str) -> None:
+        """The run ends as *outcome*, because of *note*; once its snapshot is listed it stays a success."""
+        if self.snapshot is None:
+            self.outcome = outcome
+        self.notes.append(note)
+
+    def finished(self, instance: InstanceId, now: datetime) -> RunFinished:
+        """The line for the history."""
+        notes = [*self.notes, *([note] if (note := self.freeze.thaw_note()) else [])]
+        started_at = self.started.started_at if self.started else self.began_at
+        return RunFinished(
+            run_id=self.run_id,
+            instance_id=instance,
+            due_at=self.due_at,
+            started_at=started_at,
+            finished_at=now,
+            outcome=self.outcome,
+            kind=self.started.kind if self.started else None,
+            snapshot_id=self.snapshot.id if self.snapshot else None,
+            snapshot_name=self.snapshot.name if self.snapshot else None,
+            size_bytes=self.snapshot.size_bytes if self.snapshot else None,
+            freeze_s=_rounded(self.freeze.freeze_s),
+            capture_s=_rounded(self.freeze.capture_s),
+            late_s=round((started_at - self.due_at).total_seconds(), 6),
+            missed=self.missed,
+            pruned=self.pruned,
+            error="; ".join(notes) or None,
+        )
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 6)

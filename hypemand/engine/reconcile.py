@@ -1,0 +1,210 @@
+"""From the config's schedules to the store: made, changed, retired and put back, by the rules of a PUT."""
+
+from collections.abc import Collection, Mapping
+from datetime import datetime, tzinfo
+
+import structlog
+import trio
+from attrs import define, evolve, field
+
+from hypemand.backends.base import Backend, BackendError
+from hypemand.config import Config, ScheduleEntry
+from hypemand.core.cadence import first_run, next_slot
+from hypemand.core.model import InstanceId, ManagedBy, RunFinished, Schedule, Settings
+from hypemand.core.naming import check_instance_id
+from hypemand.engine.clock import Clock
+from hypemand.engine.limits import answer
+from hypemand.engine.recorder import Recorder
+from hypemand.state.replay import with_outcome
+from hypemand.state.store import Store
+
+DISCOVERY_TIMEOUT_S = 10.0
+_log = structlog.get_logger()
+
+
+@define
+class Discovery:
+    """What the backends know: instances by backend, and what could not be asked."""
+
+    instances: dict[str, frozenset[InstanceId]] = field(factory=dict)
+    errors: dict[str, str] = field(factory=dict)
+
+    def doubled(self) -> dict[InstanceId, list[str]]:
+        """Instances that more than one backend knows, with those backends' names."""
+        homes: dict[InstanceId, list[str]] = {}
+        for name, instances in self.instances.items():
+            for instance in instances:
+                homes.setdefault(instance, []).append(name)
+        return {instance: sorted(names) for instance, names in homes.items() if len(names) > 1}
+
+
+async def discover(backends: Mapping[str, Backend]) -> Discovery:
+    """Ask every backend for its instances, all at once; one that hangs holds up the answer for 10 s at most."""
+    found = Discovery()
+
+    async def ask(name: str, backend: Backend) -> None:
+        try:
+            found.instances[name] = await answer("instances", DISCOVERY_TIMEOUT_S, backend.instances)
+        except BackendError as error:
+            found.errors[name] = str(error)
+
+    async with trio.open_nursery() as nursery:
+        for name, backend in backends.items():
+            nursery.start_soon(ask, name, backend)
+    return found
+
+
+@define
+class Wanted:
+    """What the config wants: an entry and a backend for each instance, and what stands in the way."""
+
+    entries: dict[InstanceId, tuple[ScheduleEntry, str]] = field(factory=dict)
+    problems: list[str] = field(factory=list)
+
+
+def wanted_schedules(config: Config, discovery: Discovery, present: Collection[Schedule]) -> Wanted:
+    """Which entry of *config* each instance has: its exact name wins, then the first pattern that matches.
+
+    Args:
+        present: Schedules in the store. Those that a pattern once took in stay,
+            also while their instance isn't seen: discovery only adds.
+    """
+    wanted = Wanted()
+    for entry in config.schedules:
+        if not entry.is_pattern:
+            wanted.entries[check_instance_id(entry.instance)] = (entry, config.backend_of(entry))
+    doubled = discovery.doubled()
+    for entry in config.schedules:
+        if entry.is_pattern:
+            name = config.backend_of(entry)
+            seen = {i for i in discovery.instances.get(name, ()) if i not in doubled}
+            kept = {s.instance_id for s in present if s.managed_by is ManagedBy.CONFIG and s.backend == name}
+            for instance in sorted(seen | kept):
+                if instance not in wanted.entries and entry.matches(instance):
+                    wanted.entries[instance] = (entry, name)
+    for instance, names in sorted(doubled.items()):
+        if any(entry.is_pattern and entry.matches(instance) for entry in config.schedules):
+            wanted.problems.append(f"instance {instance!r} is known to several backends: {', '.join(names)}")
+    return wanted
+
+
+class Reconciler:
+    """Brings the store in line with a config."""
+
+    def __init__(
+        self, clock: Clock, store: Store, recorder: Recorder, remembered: Mapping[InstanceId, RunFinished]
+    ) -> None:
+        self._clock = clock
+        self._store = store
+        self._recorder = recorder
+        self._remembered = remembered
+
+    async def apply(self, config: Config, discovery: Discovery) -> tuple[frozenset[InstanceId], tuple[str, ...]]:
+        """Upsert what *config* wants, retire what it no longer has, leave alone what the API made.
+
+        Returns:
+            Instances whose schedule came, changed or went; and a line for each
+            thing that is wanted and can't be.
+        """
+        wanted = wanted_schedules(config, discovery, self._store.schedules.values())
+        problems = list(wanted.problems)
+        changed = set()
+        for instance, (entry, backend) in wanted.entries.items():
+            present = self._store.schedules.get(instance)
+            if present is not None and present.managed_by is ManagedBy.API:
+                problems.append(
+                    f"schedules: {instance!r} has a schedule made over the API; delete that one, or this entry"
+                )
+            elif await self._upsert(instance, entry, backend, present):
+                changed.add(instance)
+        for schedule in [*self._store.schedules.values()]:
+            if schedule.managed_by is ManagedBy.CONFIG and schedule.instance_id not in wanted.entries:
+                await self._retire(schedule.instance_id)
+                changed.add(schedule.instance_id)
+        return frozenset(changed), tuple(problems)
+
+    async def _upsert(self, instance: InstanceId, entry: ScheduleEntry, backend: str, present: Schedule | None) -> bool:
+        now, zone = self._clock.now(), self._clock.zone()
+        retired = None
+        if present is None:
+            retired = await self._store.read_retired(instance)
+        before = present or retired
+        if before is not None:
+            after = updated(before, entry, backend, now, zone)
+            if present is None and after.next_run_at <= now:
+                after = evolve(after, next_run_at=next_slot(after.next_run_at, after.interval, now).next_run_at)
+        else:
+            after = created(instance, entry, backend, now, zone)
+            if instance in self._store.set_aside:
+                after = self._with_history(after)
+        if after == present:
+            return False
+        await self._recorder.put(after)
+        if retired is not None:
+            await self._store.forget_retired(instance)
+        _log.info("schedule changed" if before else "schedule made", instance_id=instance, backend=backend)
+        return True
+
+    def _with_history(self, schedule: Schedule) -> Schedule:
+        """*schedule*, made anew for a file that was set aside, with what the run log still knows of it."""
+        run = self._remembered.get(schedule.instance_id)
+        if run is None:
+            return schedule
+        created_at = min(run.started_at, schedule.created_at)
+        return with_outcome(evolve(schedule, created_at=created_at, next_run_at=run.due_at + schedule.interval), run)
+
+    async def _retire(self, instance: InstanceId) -> None:
+        try:
+            await self._store.retire(instance)
+        except OSError as error:
+            _log.error("retired schedule not moved", instance_id=instance, error=str(error))
+        _log.info("schedule retired; its snapshots stay", instance_id=instance)
+
+
+def created(instance: InstanceId, entry: ScheduleEntry, backend: str, now: datetime, zone: tzinfo) -> Schedule:
+    """A new schedule for *instance* as *entry* wants it."""
+    return Schedule(
+        instance_id=instance,
+        interval=entry.interval,
+        retention=entry.kept(),
+        created_at=now,
+        updated_at=now,
+        next_run_at=first_run(instance, entry.interval, now=now, wanted=entry.first_run, zone=zone),
+        metadata=entry.metadata,
+        name_prefix=entry.name_prefix,
+        backend=backend,
+        managed_by=ManagedBy.CONFIG,
+        settings=_settings(entry, Settings()),
+    )
+
+
+def updated(schedule: Schedule, entry: ScheduleEntry, backend: str, now: datetime, zone: tzinfo) -> Schedule:
+    """*schedule* as *entry* wants it; the same object when nothing differs.
+
+    A new interval, or another first run, begins a new cadence; anything else
+    keeps ``next_run_at``. Enabled again, it goes on at the next slot of its grid.
+    """
+    settings = _settings(entry, schedule.settings)
+    after = evolve(
+        schedule,
+        interval=entry.interval,
+        retention=evolve(entry.kept(), extra=schedule.retention.extra),
+        metadata=entry.metadata,
+        name_prefix=entry.name_prefix,
+        backend=backend,
+        managed_by=ManagedBy.CONFIG,
+        settings=settings,
+    )
+    if after == schedule:
+        return schedule
+    new_first_run = entry.first_run is not None and entry.first_run != schedule.settings.first_run
+    next_run_at = schedule.next_run_at
+    if entry.interval != schedule.interval or new_first_run:
+        next_run_at = first_run(schedule.instance_id, entry.interval, now=now, wanted=entry.first_run, zone=zone)
+    elif settings.enabled and not schedule.settings.enabled and next_run_at <= now:
+        next_run_at = next_slot(next_run_at, schedule.interval, now).next_run_at
+    return evolve(after, updated_at=now, next_run_at=next_run_at)
+
+
+def _settings(entry: ScheduleEntry, before: Settings) -> Settings:
+    return Settings(first_run=entry.first_run, max_freeze=entry.max_freeze, enabled=entry.enabled, extra=before.extra)

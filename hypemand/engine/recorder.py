@@ -1,0 +1,76 @@
+"""Writing down how a run ended: first the run log's finished line, then the schedule's file."""
+
+import structlog
+import trio
+
+from hypemand.core.model import Outcome, RunFinished, Schedule, Trigger
+from hypemand.core.structure import format_instant
+from hypemand.engine.clock import Clock
+from hypemand.state.replay import advanced, with_outcome
+from hypemand.state.runlog import RunLog
+from hypemand.state.store import Store
+
+_LONGEST_PAUSE_S = 5.0
+_log = structlog.get_logger()
+
+
+class Recorder:
+    """Puts outcomes where they last. A full disk delays that, and loses nothing while hypemand runs."""
+
+    def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event) -> None:
+        self._clock = clock
+        self._store = store
+        self._runlog = runlog
+        self._give_up = give_up
+
+    async def finished(self, run: RunFinished, trigger: Trigger) -> None:
+        """Append *run* to the log, and bring its schedule up to date. Retries until it holds or hypemand stops."""
+        log_outcome(run)
+        pause_s = 0.1
+        while True:
+            try:
+                await self._runlog.append(run)
+                break
+            except OSError as error:
+                _log.error("outcome of a run not recorded; trying again", run_id=run.run_id, error=str(error))
+                if self._give_up.is_set():
+                    return
+            with trio.move_on_after(pause_s):
+                await self._give_up.wait()
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        schedule = self._store.schedules.get(run.instance_id)
+        if schedule is not None:
+            if trigger is Trigger.SCHEDULE:
+                schedule = advanced(schedule, run, self._clock.now())
+            await self.put(with_outcome(schedule, run))
+
+    async def put(self, schedule: Schedule) -> None:
+        """Write *schedule*; where that fails it is in force, and written later."""
+        try:
+            await self._store.put(schedule)
+        except OSError as error:
+            _log.error("schedule not written; trying again", instance_id=schedule.instance_id, error=str(error))
+
+
+def log_outcome(run: RunFinished) -> None:
+    """One line in the log for a run that is over."""
+    facts = {
+        "instance_id": run.instance_id,
+        "run_id": run.run_id,
+        "due_at": format_instant(run.due_at),
+        "late_s": run.late_s,
+        "missed": run.missed or None,
+        "snapshot_name": run.snapshot_name,
+        "size_bytes": run.size_bytes,
+        "freeze_s": run.freeze_s,
+        "capture_s": run.capture_s,
+        "pruned": len(run.pruned) or None,
+        "error": run.error,
+    }
+    told = {key: value for key, value in facts.items() if value is not None}
+    if run.outcome is Outcome.SUCCEEDED:
+        _log.log(30 if run.error else 20, "snapshot taken", **told)
+    elif run.outcome is Outcome.SKIPPED:
+        _log.warning("run skipped", **told)
+    else:
+        _log.error(f"run {run.outcome}", **told)

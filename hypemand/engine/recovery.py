@@ -1,0 +1,123 @@
+"""Settling open runs: those that a crash left behind, and those whose hypervisor did not answer in time."""
+
+from datetime import timedelta
+
+import structlog
+import trio
+from attrs import define, field
+
+from hypemand.backends.base import BackendError, Settled
+from hypemand.core.errors import InvalidInput
+from hypemand.core.model import Outcome, RunFinished, RunStarted
+from hypemand.engine.clock import Clock
+from hypemand.engine.fleet import Fleet
+from hypemand.engine.limits import Patience, answer
+from hypemand.engine.recorder import Recorder
+from hypemand.state.runlog import RunLog
+
+PROVABLY_OURS = timedelta(minutes=10)
+"""After another boot, how long past its deadline a run may still be the one that froze a guest."""
+AT_ONCE = 8
+_log = structlog.get_logger()
+
+
+@define(kw_only=True)
+class Recovery:
+    """Settles open runs. One run is settled by one task at a time."""
+
+    clock: Clock
+    runlog: RunLog
+    recorder: Recorder
+    fleet: Fleet
+    patience: Patience
+    boot_id: str
+    reasons: dict[str, str] = field(factory=dict)
+    settling: set[str] = field(factory=set)
+    handed_over: trio.Event = field(factory=trio.Event)
+
+    def hand_over(self, run: RunStarted, reason: str) -> None:
+        """Take charge of *run*, which a runner had to leave open because of *reason*."""
+        self.reasons[run.run_id] = reason
+        self.handed_over.set()
+
+    async def settle_all(self, busy: frozenset[str] = frozenset()) -> list[str]:
+        """Try to settle every open run but those in *busy*, a few at a time.
+
+        Returns:
+            A line for each that is still open, naming instance and cause.
+        """
+        left: list[str] = []
+        limiter = trio.CapacityLimiter(AT_ONCE)
+        async with trio.open_nursery() as nursery:
+            for run in self.runlog.open_runs:
+                if run.run_id not in busy and run.run_id not in self.settling:
+                    nursery.start_soon(self._settle, run, limiter, left)
+        return left
+
+    async def _settle(self, run: RunStarted, limiter: trio.CapacityLimiter, left: list[str]) -> None:
+        self.settling.add(run.run_id)
+        try:
+            async with limiter:
+                settled = await self._ask_backend(run)
+            with trio.CancelScope(shield=True):
+                await self.recorder.finished(self._interrupted(run, settled), run.trigger)
+            self.reasons.pop(run.run_id, None)
+        except (BackendError, InvalidInput, OSError) as error:
+            self._log_open(run, str(error))
+            left.append(f"{run.instance_id}: run {run.run_id} of {run.started_at:%Y-%m-%d %H:%M:%S} UTC: {error}")
+        except Exception as error:  # noqa: BLE001 - a bug in one backend keeps no other run from being settled
+            _log.exception("internal error while settling a run", run_id=run.run_id, instance_id=run.instance_id)
+            left.append(f"{run.instance_id}: run {run.run_id}: internal error: {error!r}")
+        finally:
+            self.settling.discard(run.run_id)
+
+    async def _ask_backend(self, run: RunStarted) -> Settled:
+        settled = None
+        async with self.fleet.reconnect(run.backend, run.connection) as backend:
+            ours = self.is_ours(run)
+            settled = await answer("settle", self.patience.settle_s, lambda: backend.settle(run, ours=ours))
+        assert settled is not None
+        return settled
+
+    def is_ours(self, run: RunStarted) -> bool:
+        """Whether a pause that is found now can only be that of *run*."""
+        if run.boot_id and run.boot_id == self.boot_id:
+            return True
+        deadline = run.started_at + timedelta(seconds=run.max_freeze_s)
+        return run.started_at <= self.clock.now() <= deadline + PROVABLY_OURS
+
+    def _log_open(self, run: RunStarted, error: str) -> None:
+        overdue = not self.is_ours(run)
+        _log.log(
+            50 if overdue else 40,
+            "open run can't be settled; look whether its guest runs" if overdue else "open run not settled yet",
+            instance_id=run.instance_id,
+            run_id=run.run_id,
+            backend=run.backend,
+            error=error,
+        )
+
+    def _interrupted(self, run: RunStarted, settled: Settled) -> RunFinished:
+        now = self.clock.now()
+        freeze_s = settled.freeze_s
+        if freeze_s is None and settled.resumed:
+            freeze_s = (now - run.started_at).total_seconds()
+        said = [self.reasons.get(run.run_id, "hypemand was killed or crashed during the run")]
+        if settled.resumed:
+            said.append(f"the guest was found frozen and was resumed after {freeze_s:.1f} s")
+        said.append("its snapshot was complete and is kept" if settled.snapshot else "no snapshot came of it")
+        return RunFinished(
+            run_id=run.run_id,
+            instance_id=run.instance_id,
+            due_at=run.due_at,
+            started_at=run.started_at,
+            finished_at=now,
+            outcome=Outcome.INTERRUPTED,
+            kind=run.kind,
+            snapshot_id=settled.snapshot.id if settled.snapshot else None,
+            snapshot_name=settled.snapshot.name if settled.snapshot else None,
+            size_bytes=settled.snapshot.size_bytes if settled.snapshot else None,
+            freeze_s=None if freeze_s is None else round(freeze_s, 6),
+            late_s=round((run.started_at - run.due_at).total_seconds(), 6),
+            error="; ".join([*said, *settled.notes]),
+        )

@@ -1,0 +1,53 @@
+"""Noticing that the config file was edited."""
+
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import trio
+from attrs import frozen
+
+from hypemand.state.files import Signature
+
+
+@frozen
+class Tempo:
+    """How often to look, how long a file must not have changed, and how long to wait for that at most; seconds."""
+
+    poll_s: float = 0.5
+    quiet_s: float = 2.0
+    longest_s: float = 10.0
+
+
+async def watch_file(path: Path, on_edit: Callable[[], Awaitable[None]], tempo: Tempo | None = None) -> None:
+    """Call *on_edit* each time that *path* was changed, replaced, made or removed, once that is over.
+
+    An edit is over when the file has not changed for a while: an editor may
+    empty it first, and write it in pieces.
+    """
+    tempo = tempo or Tempo()
+    known = await _signature(path)
+    while True:
+        await trio.sleep(tempo.poll_s)
+        seen = await _signature(path)
+        if seen != known:
+            known = await _until_quiet(path, seen, tempo)
+            await on_edit()
+
+
+async def _until_quiet(path: Path, seen: Signature | None, tempo: Tempo) -> Signature | None:
+    first_seen = changed_at = trio.current_time()
+    while True:
+        await trio.sleep(min(tempo.poll_s, tempo.quiet_s))
+        latest = await _signature(path)
+        now = trio.current_time()
+        if latest != seen:
+            seen, changed_at = latest, now
+        if now - changed_at >= tempo.quiet_s or now - first_seen >= tempo.longest_s:
+            return seen
+
+
+async def _signature(path: Path) -> Signature | None:
+    try:
+        return Signature.of(await trio.Path(path).stat())
+    except OSError:
+        return None

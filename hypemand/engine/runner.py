@@ -1,0 +1,291 @@
+"""One run: inspect, prepare, claim, freeze, capture, thaw, prune, record."""
+
+from collections.abc import Awaitable, Callable, Collection
+from datetime import datetime
+from typing import TypeVar
+
+import structlog
+import trio
+from attrs import evolve, frozen
+
+from hypemand.backends.base import (
+    Backend,
+    BackendUnavailable,
+    CaptureRequest,
+    InstanceNotFound,
+    Status,
+    Unsupported,
+)
+from hypemand.config import RunsConfig
+from hypemand.core.cadence import next_slot
+from hypemand.core.errors import HypemandError
+from hypemand.core.model import InstanceId, InstanceState, Outcome, RunFinished, RunStarted, Schedule, Trigger
+from hypemand.core.naming import scheduled_tags, snapshot_name
+from hypemand.core.runstate import Steps, decide_steps
+from hypemand.engine.clock import Clock
+from hypemand.engine.fleet import Fleet
+from hypemand.engine.freeze import Budget, Freeze, StillFrozenError
+from hypemand.engine.gone import GoneWatch
+from hypemand.engine.limits import Patience, answer, retry_delays
+from hypemand.engine.progress import Progress
+from hypemand.engine.pruning import Pruner
+from hypemand.engine.recorder import Recorder
+from hypemand.engine.slots import Slot, Slots
+from hypemand.engine.space import Space
+from hypemand.state.runlog import RunLog
+from hypemand.state.store import Store
+
+T = TypeVar("T")
+_log = structlog.get_logger()
+
+
+@frozen(kw_only=True)
+class Means:
+    """What runs work with.
+
+    Attributes:
+        limits: The table ``[runs]`` in force.
+        give_up: Set when hypemand has to end; what is then still being retried is left to the next start.
+        hand_over: Takes an open run that could not be settled, and why it needs to be.
+        background: For timers; outlives the runs.
+    """
+
+    clock: Clock
+    store: Store
+    runlog: RunLog
+    fleet: Fleet
+    slots: Slots
+    space: Space
+    pruner: Pruner
+    recorder: Recorder
+    gone: GoneWatch
+    limits: Callable[[], RunsConfig]
+    patience: Patience
+    new_id: Callable[[], str]
+    boot_id: str
+    give_up: trio.Event
+    hand_over: Callable[[RunStarted, str], None]
+    background: trio.Nursery
+
+
+@frozen
+class Found:
+    """What a run found at its instance before the claim."""
+
+    state: InstanceState
+    steps: Steps
+    taken_names: Collection[str]
+
+
+class Runner:
+    """Does runs. Each ends with one finished line, or stays open for the recovery to settle."""
+
+    def __init__(self, means: Means) -> None:
+        self._means = means
+        self.active: dict[InstanceId, Progress] = {}
+
+    async def run(
+        self, schedule: Schedule, due_at: datetime, trigger: Trigger = Trigger.SCHEDULE
+    ) -> RunFinished | None:
+        """Do the run of *schedule* that was due at *due_at*.
+
+        Raises nothing but cancellation, and then the guest runs. A run that is
+        cancelled before its started line leaves no trace: its slot stays due.
+
+        Returns:
+            How it ended; None when it was left open.
+        """
+        means = self._means
+        began_at = means.clock.now()
+        missed = next_slot(due_at, schedule.interval, began_at).missed
+        progress = Progress(means.new_id(), due_at, trigger, began_at, missed)
+        finished = None
+        try:
+            name = means.fleet.resolve(schedule.backend)
+        except HypemandError as error:
+            progress.end(Outcome.FAILED, str(error))
+            with trio.CancelScope(shield=True):
+                finished = await self._record(schedule, progress)
+            return finished
+        self.active[schedule.instance_id] = progress
+        try:
+            async with means.fleet.lease(name) as backend:
+                finished = await self._run_on(backend, schedule, progress)
+        finally:
+            del self.active[schedule.instance_id]
+        return finished
+
+    async def skip(self, schedule: Schedule, due_at: datetime, why: str) -> None:
+        """Record that the slot of *due_at* is not used, and why."""
+        missed = next_slot(due_at, schedule.interval, self._means.clock.now()).missed
+        progress = Progress(self._means.new_id(), due_at, Trigger.SCHEDULE, self._means.clock.now(), missed)
+        progress.end(Outcome.SKIPPED, why)
+        with trio.CancelScope(shield=True):
+            await self._record(schedule, progress)
+
+    async def _run_on(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
+        try:
+            await self._perform(backend, schedule, progress)
+        except trio.Cancelled:
+            if progress.started is None:
+                raise
+            progress.end(Outcome.INTERRUPTED, "hypemand was stopped during the run")
+            with trio.CancelScope(shield=True):
+                await self._conclude(backend, schedule, progress)
+            raise
+        except StillFrozenError as error:
+            _log.critical("guest left frozen", instance_id=schedule.instance_id, error=str(error))
+            return None
+        except InstanceNotFound as error:
+            progress.end(Outcome.FAILED, str(error))
+            pruning = await self._means.gone.not_found(backend, schedule.instance_id)
+            progress.pruned = tuple(pruning.pruned)
+        except (HypemandError, OSError) as error:
+            progress.end(Outcome.FAILED, str(error) or type(error).__name__)
+        except Exception as error:  # noqa: BLE001 - the boundary of a run: a bug in one stops no other
+            _log.exception("internal error in a run", run_id=progress.run_id, instance_id=schedule.instance_id)
+            progress.end(Outcome.FAILED, f"internal error: {type(error).__name__}: {error}")
+        finished = None
+        with trio.CancelScope(shield=True):
+            finished = await self._conclude(backend, schedule, progress)
+        return finished
+
+    async def _perform(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
+        """Try until the started line is written, or the failure is not one that passes."""
+        for delay in retry_delays(schedule.interval):
+            try:
+                return await self._attempt(backend, schedule, progress)
+            except BackendUnavailable as error:
+                if progress.started is not None:
+                    raise
+                wait_s = delay.total_seconds()
+                _log.warning(
+                    "run can't start yet; trying again",
+                    instance_id=schedule.instance_id,
+                    run_id=progress.run_id,
+                    in_s=wait_s,
+                    error=str(error),
+                )
+            await trio.sleep(wait_s)
+        return await self._attempt(backend, schedule, progress)
+
+    async def _attempt(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
+        means = self._means
+        # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
+        await self._inspect(backend, schedule)
+        async with means.slots.take(backend.name) as slot:
+            # ... and again after the wait, for an operator may have paused the guest meanwhile.
+            status, steps = await self._inspect(backend, schedule)
+            room = await self._ask("prepare", lambda: backend.prepare(schedule.instance_id, steps.kind))
+            async with means.space.reserve(room.path, room.needed_bytes, means.limits().min_free):
+                await self._claim(backend, schedule, progress, Found(status.state, steps, room.taken_names))
+                await self._capture(backend, steps, progress, slot)
+        await self._prune(backend, schedule, progress)
+
+    async def _claim(self, backend: Backend, schedule: Schedule, progress: Progress, found: Found) -> None:
+        means = self._means
+        now = means.clock.now()
+        own_slot = progress.trigger is Trigger.SCHEDULE
+        following = next_slot(progress.due_at, schedule.interval, now).next_run_at
+        max_freeze = schedule.settings.max_freeze or means.limits().max_freeze
+        started = RunStarted(
+            run_id=progress.run_id,
+            instance_id=schedule.instance_id,
+            backend=backend.name,
+            trigger=progress.trigger,
+            kind=found.steps.kind,
+            state_before=found.state,
+            due_at=progress.due_at,
+            next_run_at=following if own_slot else schedule.next_run_at,
+            started_at=now,
+            snapshot_name=snapshot_name(schedule.name_prefix, now, found.taken_names),
+            tags=scheduled_tags(schedule.instance_id, schedule.metadata),
+            max_freeze_s=max_freeze.total_seconds(),
+            freezes=found.steps.freezes,
+            boot_id=means.boot_id,
+            connection=backend.connection,
+        )
+        await means.runlog.append(started)
+        progress.started = started
+
+    async def _inspect(self, backend: Backend, schedule: Schedule) -> tuple[Status, Steps]:
+        status = await self._ask("state", lambda: backend.state(schedule.instance_id))
+        await self._means.gone.found(schedule.instance_id)
+        steps = decide_steps(status.state, backend.capabilities.freezes, status.detail)
+        if steps.kind not in backend.capabilities.kinds:
+            raise Unsupported(f"instance is {status.state}: backend {backend.name!r} makes no {steps.kind} snapshots")
+        return status, steps
+
+    async def _ask(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
+        return await answer(what, self._means.patience.answer_s, ask)
+
+    async def _capture(self, backend: Backend, steps: Steps, progress: Progress, slot: Slot) -> None:
+        means, started = self._means, progress.started
+        assert started is not None
+        request = CaptureRequest(
+            run_id=started.run_id,
+            name=started.snapshot_name,
+            kind=started.kind,
+            tags=started.tags,
+            created_at=started.started_at,
+        )
+        freeze = Freeze(
+            backend=backend,
+            instance=started.instance_id,
+            steps=steps,
+            budget=Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds()),
+            patience=means.patience,
+            give_up=means.give_up,
+            record=progress.freeze,
+        )
+        captured = await freeze.capture(request, slot, means.background)
+        slot.release_overall()
+        await backend.publish(captured.snapshot)
+        progress.snapshot = captured.snapshot
+
+    async def _prune(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
+        assert progress.snapshot is not None
+        current = self._means.store.schedules.get(schedule.instance_id, schedule)
+        protected = {progress.snapshot.id, current.last_snapshot_id or ""}
+        result = await self._means.pruner.prune(backend, current, protected)
+        progress.pruned = tuple(result.pruned)
+        if (note := result.note()) is not None:
+            progress.notes.append(note)
+
+    async def _conclude(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
+        if progress.started is not None and progress.snapshot is None:
+            settled = await self._settle(backend, progress, progress.started)
+            if not settled:
+                await self._left_open(schedule, progress, progress.started)
+                return None
+        return await self._record(schedule, progress)
+
+    async def _settle(self, backend: Backend, progress: Progress, started: RunStarted) -> bool:
+        """Clear up after a capture that went wrong; the guest runs already, so no pause found now is ours."""
+        try:
+            settled = await answer("settle", self._means.patience.settle_s, lambda: backend.settle(started, ours=False))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the run stays open and is tried again
+            progress.notes.append(f"what it left behind is not cleared up yet: {error}")
+            return False
+        if settled.snapshot is not None:
+            progress.snapshot = settled.snapshot
+            progress.notes.append("its snapshot was complete and is kept")
+        return True
+
+    async def _left_open(self, schedule: Schedule, progress: Progress, started: RunStarted) -> None:
+        reason = "; ".join(progress.notes)
+        self._means.hand_over(started, reason)
+        _log.error(
+            "run left open until its hypervisor answers",
+            instance_id=schedule.instance_id,
+            run_id=progress.run_id,
+            error=reason,
+        )
+        current = self._means.store.schedules.get(schedule.instance_id)
+        if current is not None:
+            await self._means.recorder.put(evolve(current, last_run_at=started.started_at, last_error=reason))
+
+    async def _record(self, schedule: Schedule, progress: Progress) -> RunFinished:
+        finished = progress.finished(schedule.instance_id, self._means.clock.now())
+        await self._means.recorder.finished(finished, progress.trigger)
+        return finished

@@ -1,0 +1,193 @@
+"""One heap of due times and one dispatcher. What is due starts at once, in a task of its own."""
+
+import heapq
+import itertools
+from datetime import datetime, timedelta
+
+import structlog
+import trio
+from attrs import evolve, frozen
+
+from hypemand.core.cadence import jitter, next_slot, reanchor
+from hypemand.core.model import InstanceId, RunStarted, Schedule
+from hypemand.core.structure import format_instant
+from hypemand.engine.clock import Clock, ClockWatch
+from hypemand.engine.runner import Runner
+from hypemand.state.runlog import RunLog
+from hypemand.state.store import Store
+
+LONGEST_SLEEP_S = 5.0
+_log = structlog.get_logger()
+
+
+@frozen(order=True)
+class _Entry:
+    """A slot to be started at *start_at*; not the newest of its instance: dropped when it comes up."""
+
+    start_at: datetime
+    number: int
+    instance: InstanceId
+    due_at: datetime
+
+
+@frozen(eq=False)
+class _Running:
+    due_at: datetime
+    scope: trio.CancelScope
+
+
+class Scheduler:
+    """Starts runs when they are due. Reads schedules from the store; call `refresh` when one changed."""
+
+    def __init__(self, *, clock: Clock, watch: ClockWatch, store: Store, runlog: RunLog, runner: Runner) -> None:
+        self._clock = clock
+        self._watch = watch
+        self._store = store
+        self._runlog = runlog
+        self._runner = runner
+        self._heap: list[_Entry] = []
+        self._newest: dict[InstanceId, int] = {}
+        self._numbers = itertools.count()
+        self._running: dict[InstanceId, _Running] = {}
+        self._wake = trio.Event()
+        self._stopping = False
+        self._runs: trio.Nursery | None = None
+
+    @property
+    def running(self) -> frozenset[InstanceId]:
+        """Instances with a run under way."""
+        return frozenset(self._running)
+
+    async def serve(self, concurrency: int) -> None:
+        """Start what is due until `stop`; then wait for the runs under way.
+
+        Args:
+            concurrency: How many overdue runs may begin at once; more are spread.
+        """
+        self._reanchor_all()
+        self._load(concurrency)
+        async with trio.open_nursery() as self._runs:
+            while not self._stopping:
+                self._watch.check(self._on_jump)
+                await self._sleep(self._start_due(self._runs))
+
+    def stop(self, grace_s: float) -> None:
+        """Start nothing more. Runs that have begun get *grace_s* to finish, those that wait end now.
+
+        Called again, it can only shorten the grace.
+        """
+        self._stopping = True
+        self._wake.set()
+        for instance, running in self._running.items():
+            progress = self._runner.active.get(instance)
+            if progress is None or progress.started is None:
+                running.scope.cancel()
+        if self._runs is not None:
+            scope = self._runs.cancel_scope
+            scope.deadline = min(scope.deadline, trio.current_time() + grace_s)
+
+    def refresh(self, instance: InstanceId) -> None:
+        """Take in that the schedule of *instance* came, changed or went."""
+        schedule = self._store.schedules.get(instance)
+        self._newest.pop(instance, None)
+        if schedule is None or not schedule.settings.enabled:
+            return
+        due_at = schedule.next_run_at
+        running = self._running.get(instance)
+        if running is not None and due_at <= running.due_at:
+            due_at = next_slot(running.due_at, schedule.interval, self._clock.now()).next_run_at
+        self._push(instance, due_at, due_at)
+        self._wake.set()
+
+    def _push(self, instance: InstanceId, start_at: datetime, due_at: datetime) -> None:
+        number = next(self._numbers)
+        self._newest[instance] = number
+        heapq.heappush(self._heap, _Entry(start_at, number, instance, due_at))
+
+    def _load(self, concurrency: int) -> None:
+        """Fill the heap. What came due during a downtime is spread, when it is more than can run at once."""
+        now = self._clock.now()
+        enabled = [s for s in self._store.schedules.values() if s.settings.enabled]
+        overdue = {s.instance_id: s for s in enabled if s.next_run_at <= now and not _awaits_first_run(s)}
+        window = min((s.interval for s in overdue.values()), default=timedelta(0))
+        spread = len(overdue) > concurrency
+        for schedule in enabled:
+            start_at = schedule.next_run_at
+            if spread and schedule.instance_id in overdue:
+                start_at = now + jitter(schedule.instance_id, window)
+            self._push(schedule.instance_id, start_at, schedule.next_run_at)
+        if spread:
+            _log.info("runs missed while hypemand was down are spread out", runs=len(overdue))
+
+    def _start_due(self, runs: trio.Nursery) -> float:
+        """Start what is due now; seconds until the next, at most `LONGEST_SLEEP_S`."""
+        while self._heap:
+            entry = self._heap[0]
+            if self._newest.get(entry.instance) != entry.number:
+                heapq.heappop(self._heap)
+                continue
+            wait_s = (entry.start_at - self._clock.now()).total_seconds()
+            if wait_s > 0:
+                return min(wait_s, LONGEST_SLEEP_S)
+            heapq.heappop(self._heap)
+            self._start(entry, runs)
+        return LONGEST_SLEEP_S
+
+    async def _sleep(self, seconds: float) -> None:
+        with trio.move_on_after(seconds):
+            await self._wake.wait()
+        self._wake = trio.Event()
+
+    def _start(self, entry: _Entry, runs: trio.Nursery) -> None:
+        schedule = self._store.schedules[entry.instance]
+        following = next_slot(entry.due_at, schedule.interval, self._clock.now()).next_run_at
+        self._push(entry.instance, following, following)
+        why = self._why_skipped(entry.instance)
+        if why is not None:
+            runs.start_soon(self._runner.skip, schedule, entry.due_at, why)
+            return
+        self._running[entry.instance] = running = _Running(entry.due_at, trio.CancelScope())
+        runs.start_soon(self._run, schedule, running)
+
+    def _why_skipped(self, instance: InstanceId) -> str | None:
+        running = self._running.get(instance)
+        if running is not None:
+            return f"the run due at {format_instant(running.due_at)} is still going"
+        left_open = self._runlog.open_run_of(instance)
+        return None if left_open is None else _describe(left_open)
+
+    async def _run(self, schedule: Schedule, running: _Running) -> None:
+        try:
+            with running.scope:
+                await self._runner.run(schedule, running.due_at)
+        finally:
+            del self._running[schedule.instance_id]
+        current = self._store.schedules.get(schedule.instance_id)
+        if current is not None and not self._stopping:
+            _log.info("next run", instance_id=current.instance_id, at=format_instant(current.next_run_at))
+
+    def _on_jump(self, jump: timedelta) -> None:
+        del jump  # backwards it leaves slots too far ahead; forwards they are due, which needs nothing
+        self._reanchor_all()
+
+    def _reanchor_all(self) -> None:
+        now = self._clock.now()
+        for schedule in [*self._store.schedules.values()]:
+            at = reanchor(schedule, now)
+            if at != schedule.next_run_at:
+                _log.warning(
+                    "next run was further away than one interval; brought back onto its grid",
+                    instance_id=schedule.instance_id,
+                    was=format_instant(schedule.next_run_at),
+                    at=format_instant(at),
+                )
+                self._store.hold(evolve(schedule, next_run_at=at))
+                self.refresh(schedule.instance_id)
+
+
+def _awaits_first_run(schedule: Schedule) -> bool:
+    return schedule.last_run_at is None and schedule.settings.first_run == "now"
+
+
+def _describe(left_open: RunStarted) -> str:
+    return f"the run {left_open.run_id} of {format_instant(left_open.started_at)} is not settled yet"

@@ -1,0 +1,59 @@
+"""How many runs may work at once: per backend, and overall."""
+
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+import trio
+
+
+class Slot:
+    """A place among the runs of a backend, and one among all. Either may be given back before the run is over."""
+
+    def __init__(self, backend: trio.CapacityLimiter, overall: trio.CapacityLimiter) -> None:
+        self._limiters = {"backend": backend, "overall": overall}
+        self._held: set[str] = set()
+
+    async def take(self) -> None:
+        """Wait for the backend's place first, so that one backend's runs don't fill all the overall ones."""
+        for name, limiter in self._limiters.items():
+            await limiter.acquire_on_behalf_of(self)
+            self._held.add(name)
+
+    def release_overall(self) -> None:
+        """No guest stands still for this run any more: let the next run in. Idempotent."""
+        self._release("overall")
+
+    def release(self) -> None:
+        """Give both places back. Idempotent."""
+        self._release("overall")
+        self._release("backend")
+
+    def _release(self, name: str) -> None:
+        if name in self._held:
+            self._held.discard(name)
+            self._limiters[name].release_on_behalf_of(self)
+
+
+class Slots:
+    """The limits. First come, first served."""
+
+    def __init__(self, overall: int) -> None:
+        self._overall = trio.CapacityLimiter(overall)
+        self._backends: dict[str, trio.CapacityLimiter] = {}
+
+    def resize(self, overall: int, per_backend: Mapping[str, int | None]) -> None:
+        """Take limits from the config; a backend without one gets half of the overall, at least 1."""
+        self._overall.total_tokens = overall
+        for name, limit in per_backend.items():
+            tokens = limit or max(1, overall // 2)
+            self._backends.setdefault(name, trio.CapacityLimiter(tokens)).total_tokens = tokens
+
+    @asynccontextmanager
+    async def take(self, backend: str) -> AsyncIterator[Slot]:
+        """A slot for a run on *backend*."""
+        slot = Slot(self._backends.setdefault(backend, trio.CapacityLimiter(1)), self._overall)
+        try:
+            await slot.take()
+            yield slot
+        finally:
+            slot.release()

@@ -1,0 +1,1 @@
+"""What lasts: schedules, the run log, and how both are written so that they survive."""

@@ -1,0 +1,112 @@
+"""The lock on the state directory: whoever changes state holds it, and is named in it."""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+import orjson
+import trio
+from attrs import frozen
+
+from hypemand.core.errors import HypemandError
+from hypemand.state.files import Disk
+
+WAIT_S = 30.0
+LOOK_S = 0.5
+
+
+@frozen
+class LockOwner:
+    """Who holds the lock: ``daemon``, ``guard`` or ``recover``, and its process id (0 while it is not yet written)."""
+
+    role: str
+    pid: int
+
+    def __str__(self) -> str:
+        return f"{self.role} (pid {self.pid})" if self.pid else "another process"
+
+
+class LockHeldError(HypemandError):
+    """Somebody else may change the state at the moment."""
+
+    def __init__(self, state_dir: Path, owner: LockOwner) -> None:
+        self.owner = owner
+        super().__init__(f"the state directory {state_dir} is in use by hypemand {owner}")
+
+
+class StateLock:
+    """The right to change a state directory; held until `release` or the end of the process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    @classmethod
+    def acquire(cls, state_dir: Path, role: str) -> "StateLock":
+        """Take the lock, and write *role* and our process id into it.
+
+        Raises:
+            LockHeldError: Somebody else has it; tells who.
+        """
+        path = state_dir / "lock"
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with contextlib.suppress(OSError):  # a full disk keeps nobody from thawing guests
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, orjson.dumps({"role": role, "pid": os.getpid()}) + b"\n", 0)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise LockHeldError(state_dir, _read_owner(path)) from None
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor)
+
+    def release(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def lock_owner(state_dir: Path) -> LockOwner | None:
+    """Who holds the lock of *state_dir* now, or None. Looks without taking it for longer than the look."""
+    try:
+        descriptor = os.open(state_dir / "lock", os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return _read_owner(state_dir / "lock")
+    finally:
+        os.close(descriptor)
+    return None
+
+
+def _read_owner(path: Path) -> LockOwner:
+    try:
+        held = orjson.loads(path.read_bytes())
+        return LockOwner(str(held["role"]), int(held["pid"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return LockOwner("process", 0)
+
+
+async def take_lock(state_dir: Path, role: str, disk: Disk) -> StateLock:
+    """The state directory, made if it is missing, and its lock. A guard or ``recover`` is waited for, for up to 30 s.
+
+    Raises:
+        LockHeldError: A daemon has it, or it did not become free.
+    """
+    await disk.call(disk.make_directory, state_dir)
+    deadline = trio.current_time() + WAIT_S
+    look_until = trio.current_time() + LOOK_S  # `status` holds it for the moment of a look
+    while True:
+        try:
+            return StateLock.acquire(state_dir, role)
+        except LockHeldError as error:
+            now = trio.current_time()
+            if now >= deadline or (now >= look_until and error.owner.role == "daemon"):
+                raise
+        await trio.sleep(0.05)

@@ -1,0 +1,70 @@
+"""The run log laid over a schedule: what a crash kept from the schedule's own file."""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from attrs import evolve
+
+from hypemand.core.cadence import next_slot
+from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule
+from hypemand.state.codec import Line
+
+
+def lay_over(schedule: Schedule, lines: Iterable[Line], now: datetime) -> Schedule:
+    """*schedule* with what *lines* say later than it does.
+
+    Args:
+        lines: Those of its instance, in the order of the log. Lines from
+            before the schedule was made belong to an earlier one.
+        now: Aware UTC; the next slot lies after it.
+    """
+    for line in lines:
+        if line.started_at >= schedule.created_at:
+            schedule = _lay_line(schedule, line, now)
+    return schedule
+
+
+def _lay_line(schedule: Schedule, line: Line, now: datetime) -> Schedule:
+    schedule = advanced(schedule, line, now)
+    if isinstance(line, RunStarted) or (schedule.last_run_at and schedule.last_run_at >= line.started_at):
+        return schedule
+    return with_outcome(schedule, line)
+
+
+def advanced(schedule: Schedule, line: Line, now: datetime) -> Schedule:
+    """*schedule* with its next slot after *now*, if *line* says that the present one has been used.
+
+    A slot that is skipped while the run of an earlier one still waits to begin uses only itself up.
+    """
+    skipped = isinstance(line, RunFinished) and line.outcome is Outcome.SKIPPED
+    used = schedule.next_run_at == line.due_at if skipped else schedule.next_run_at <= line.due_at
+    if not used:
+        return schedule
+    return evolve(schedule, next_run_at=next_slot(line.due_at, schedule.interval, now).next_run_at)
+
+
+def with_outcome(schedule: Schedule, run: RunFinished) -> Schedule:
+    """*schedule* with its ``last_*`` fields as *run* leaves them.
+
+    A success clears the error, unless it has something to tell; a failure
+    keeps the last snapshot; a skip changes nothing.
+    """
+    if run.outcome is Outcome.SKIPPED:
+        return schedule
+    return evolve(
+        schedule,
+        last_run_at=run.started_at,
+        last_error=run.error,
+        last_snapshot_id=run.snapshot_id or schedule.last_snapshot_id,
+    )
+
+
+def remembered(lines: Iterable[Line]) -> dict[InstanceId, RunFinished]:
+    """The last run of each instance that *lines* tell of, skips aside, with the id of its last snapshot."""
+    last: dict[InstanceId, RunFinished] = {}
+    for line in lines:
+        if isinstance(line, RunFinished) and line.outcome is not Outcome.SKIPPED:
+            before = last.get(line.instance_id)
+            snapshot_id = line.snapshot_id or (before.snapshot_id if before else None)
+            last[line.instance_id] = evolve(line, snapshot_id=snapshot_id)
+    return last

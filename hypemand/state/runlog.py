@@ -1,0 +1,274 @@
+"""The run log: journal and history in one file of JSON lines.
+
+Appends are durable when they return, one sync for all that wait (group
+commit). A torn end is cut when the log is opened for writing; a damaged line
+elsewhere is passed over and reported. The log rotates by size; open runs are
+carried over, so nothing of them is ever in an old segment alone.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import orjson
+import structlog
+import trio
+from attrs import define, field
+
+from hypemand.core.errors import InvalidInput
+from hypemand.core.model import InstanceId, RunFinished, RunStarted
+from hypemand.state.codec import Line, decode_line, encode_line
+from hypemand.state.files import Disk
+
+ROTATE_BYTES = 8 * 1024 * 1024
+OLD_SEGMENTS = 4
+_log = structlog.get_logger()
+
+
+@define
+class LogContent:
+    """What the segments hold.
+
+    Attributes:
+        lines: Oldest first; a line carried over by a rotation stands there once.
+        damaged: Where a line can't be read, and why.
+        torn_bytes: Length of the unfinished end of the newest segment.
+    """
+
+    lines: list[Line] = field(factory=list)
+    damaged: list[str] = field(factory=list)
+    torn_bytes: int = 0
+
+    def open_runs(self) -> dict[str, RunStarted]:
+        """Runs that were started and not finished, by id, oldest first."""
+        finished = {line.run_id for line in self.lines if isinstance(line, RunFinished)}
+        return {
+            line.run_id: line for line in self.lines if isinstance(line, RunStarted) and line.run_id not in finished
+        }
+
+    def started(self) -> list[RunStarted]:
+        """Every started line, oldest first."""
+        return [line for line in self.lines if isinstance(line, RunStarted)]
+
+    def finished(self, instance: InstanceId | None = None) -> list[RunFinished]:
+        """The history, newest last; of *instance* alone where one is given."""
+        return [line for line in self.lines if isinstance(line, RunFinished) and instance in (None, line.instance_id)]
+
+
+def segments(state_dir: Path) -> list[Path]:
+    """Every segment that there may be, oldest first."""
+    base = state_dir / "runs.jsonl"
+    return [*(base.with_name(f"runs.jsonl.{age}") for age in range(OLD_SEGMENTS, 0, -1)), base]
+
+
+def read_log(state_dir: Path, disk: Disk) -> LogContent:
+    """All segments of the run log; changes nothing. Blocking.
+
+    Raises:
+        OSError: A segment is there, but can't be read.
+    """
+    content = LogContent()
+    started: set[str] = set()
+    for path in segments(state_dir):
+        try:
+            data, _ = disk.read(path)
+        except FileNotFoundError:
+            continue
+        if path.suffix == ".jsonl":
+            whole = _whole_length(data)
+            content.torn_bytes = len(data) - whole
+            data = data[:whole]
+        for number, raw in enumerate(data.splitlines(), start=1):
+            _read_line(raw, f"{path.name}:{number}", content, started)
+    return content
+
+
+def _read_line(raw: bytes, where: str, content: LogContent, started: set[str]) -> None:
+    try:
+        line = decode_line(raw)
+    except InvalidInput as error:
+        content.damaged.append(f"{where}: {error}")
+        return
+    if isinstance(line, RunStarted):
+        if line.run_id in started:
+            return
+        started.add(line.run_id)
+    content.lines.append(line)
+
+
+def _whole_length(data: bytes) -> int:
+    """Bytes of *data* up to the end of its last line that is JSON; what follows is what a crash left of a write."""
+    end = data.rfind(b"\n") + 1
+    while end:
+        start = data.rfind(b"\n", 0, end - 1) + 1
+        try:
+            orjson.loads(data[start:end])
+        except orjson.JSONDecodeError:
+            end = start  # blocks that never reached the disk read as zeros
+        else:
+            return end
+    return 0
+
+
+@define
+class _Batch:
+    """Lines that are made durable together."""
+
+    lines: list[Line] = field(factory=list)
+    done: bool = False
+    error: OSError | None = None
+
+
+class RunLog:
+    """The run log, open for writing. Only the holder of the state lock may have one."""
+
+    def __init__(self, state_dir: Path, disk: Disk, *, rotate_bytes: int = ROTATE_BYTES) -> None:
+        self._state_dir = state_dir
+        self._path = state_dir / "runs.jsonl"
+        self._disk = disk
+        self._rotate_bytes = rotate_bytes
+        self._descriptor = -1
+        self._size = 0
+        self._batch = _Batch()
+        self._turn = trio.Lock()
+        self._open: dict[str, RunStarted] = {}
+
+    @property
+    def open_runs(self) -> tuple[RunStarted, ...]:
+        """Runs that were started and not finished, oldest first."""
+        return tuple(self._open.values())
+
+    def open_run_of(self, instance: InstanceId) -> RunStarted | None:
+        """The open run of *instance*, or None."""
+        return next((run for run in self._open.values() if run.instance_id == instance), None)
+
+    async def open(self) -> LogContent:
+        """Read the log, cut a torn end, and make it ready for appends."""
+        content = await self._disk.call(self._open_blocking)
+        self._open = content.open_runs()
+        if content.torn_bytes:
+            _log.warning("torn end of the run log cut", path=str(self._path), bytes=content.torn_bytes)
+        for place in content.damaged:
+            _log.error("damaged line in the run log passed over", line=place)
+        return content
+
+    def _open_blocking(self) -> LogContent:
+        content = read_log(self._state_dir, self._disk)
+        self._reopen(content.torn_bytes)
+        return content
+
+    def _reopen(self, torn_bytes: int = 0) -> None:
+        descriptor = self._disk.open_append(self._path)
+        try:
+            self._disk.sync_directory(self._state_dir)
+            size = os.fstat(descriptor).st_size - torn_bytes
+            if torn_bytes:
+                self._disk.truncate(descriptor, size)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self._close_descriptor()
+        self._descriptor, self._size = descriptor, size
+
+    async def append(self, line: Line) -> None:
+        """Append *line*; durable when this returns. Not cancelled once it is called.
+
+        Raises:
+            OSError: The line is not in the log; what was written of it is cut off again.
+        """
+        batch = self._batch
+        batch.lines.append(line)
+        with trio.CancelScope(shield=True):
+            async with self._turn:
+                if not batch.done:
+                    self._batch = _Batch()
+                    await self._commit(batch)
+        if batch.error is not None:
+            raise OSError(batch.error.errno, batch.error.strerror, str(self._path)) from batch.error
+
+    async def _commit(self, batch: _Batch) -> None:
+        try:
+            await self._disk.call(self._write, b"".join(encode_line(line) for line in batch.lines))
+        except OSError as error:
+            batch.error = error
+        else:
+            self._remember(batch.lines)
+        batch.done = True
+        if batch.error is None and self._size >= self._rotate_bytes:
+            await self._rotate()
+
+    def _remember(self, lines: Iterable[Line]) -> None:
+        for line in lines:
+            if isinstance(line, RunStarted):
+                self._open[line.run_id] = line
+            else:
+                self._open.pop(line.run_id, None)
+
+    def _write(self, data: bytes) -> None:
+        if not self._in_place():  # moved away by hand, or by a rotation that failed half-way
+            self._reopen()
+            data = self._carried() + data
+        elif os.fstat(self._descriptor).st_size != self._size:
+            self._cut_back()
+        try:
+            self._disk.write(self._descriptor, data)
+            self._disk.sync(self._descriptor)
+        except OSError:
+            self._try_to(self._cut_back)  # else the next append does it, before it writes
+            raise
+        self._size += len(data)
+
+    def _in_place(self) -> bool:
+        try:
+            return os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
+        except OSError:
+            return False
+
+    def _cut_back(self) -> None:
+        """End the file where the last durable line ends."""
+        self._size = min(self._size, os.fstat(self._descriptor).st_size)  # somebody else may have emptied it
+        self._disk.truncate(self._descriptor, self._size)
+
+    @staticmethod
+    def _try_to(work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as error:
+            _log.error("run log can't be cut back", error=str(error))
+
+    async def _rotate(self) -> None:
+        try:
+            await self._disk.call(self._rotate_blocking)
+        except OSError as error:
+            _log.error("run log can't be rotated; it grows on", error=str(error))
+
+    def _carried(self) -> bytes:
+        return b"".join(encode_line(run) for run in self._open.values())
+
+    def _rotate_blocking(self) -> None:
+        *old, current = segments(self._state_dir)
+        fresh = current.with_name("runs.jsonl.new")
+        self._disk.replace(fresh, self._carried())
+        # Until the last rename there is no newest segment: open runs are then read from the one before.
+        moved: list[tuple[Path, Path]] = []
+        try:
+            for source, target in [*zip([*old[1:], current], old, strict=True), (fresh, current)]:
+                if source.exists():
+                    moved.append((source, target))
+                    self._disk.rename(source, target)
+            self._reopen()
+        except OSError:
+            # Else each further attempt would push a segment out, and in the end the one that is written to.
+            for source, target in reversed(moved):
+                if target.exists() and not source.exists():
+                    target.rename(source)
+            raise
+
+    def close(self) -> None:
+        """Close the file. What was appended is durable already."""
+        self._close_descriptor()
+
+    def _close_descriptor(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1

@@ -1,0 +1,1 @@
+"""What the outside sees: log, reports and tables."""

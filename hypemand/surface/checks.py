@@ -1,0 +1,60 @@
+"""What ``check-config`` finds beyond the file itself: backends that don't answer, entries that can't be had."""
+
+from attrs import define, field
+
+from hypemand.config import Config
+from hypemand.core.errors import Problem
+from hypemand.core.model import ManagedBy
+from hypemand.engine.clock import SystemClock
+from hypemand.engine.fleet import new_fleet
+from hypemand.engine.reconcile import discover, wanted_schedules
+from hypemand.surface.report import State, read_state
+
+
+@define
+class Findings:
+    """Problems, which an operator has to mend, and warnings, which may be as wanted."""
+
+    problems: list[Problem] = field(factory=list)
+    warnings: list[str] = field(factory=list)
+
+
+async def check_backends(config: Config) -> Findings:
+    """Ask the backends of *config* for their instances, and compare with its schedules. Changes nothing."""
+    findings = Findings()
+    fleet = new_fleet(config.state_dir)
+    fleet.build(config.backends)
+    try:
+        discovery = await discover(fleet.backends)
+    finally:
+        await fleet.aclose()
+    try:
+        state = read_state(config.state_dir, SystemClock().now())
+    except OSError as error:
+        findings.problems.append(Problem("state_dir", f"can't be read: {error}"))
+        return findings
+    used = {line.backend for line in state.log.started()}
+    for name, trouble in sorted(discovery.errors.items()):
+        first = "" if name in used else " (never used so far; the daemon makes its directories when it first starts)"
+        findings.warnings.append(f"backends.{name}: {trouble}{first}")
+    wanted = wanted_schedules(config, discovery, state.schedules.values())
+    findings.problems += [Problem("schedules", problem) for problem in wanted.problems]
+    findings.problems += _claimed_twice(config, state)
+    for index, entry in enumerate(config.schedules):
+        if entry.is_pattern and not any(held is entry for held, _ in wanted.entries.values()):
+            findings.warnings.append(
+                f"schedules[{index}].instance: no instance matches {entry.instance!r} at the moment"
+            )
+    return findings
+
+
+def _claimed_twice(config: Config, state: State) -> list[Problem]:
+    made_elsewhere = {i for i, s in state.schedules.items() if s.managed_by is ManagedBy.API}
+    return [
+        Problem(
+            f"schedules[{index}].instance",
+            f"{entry.instance!r} has a schedule made over the API; delete that one, or this entry",
+        )
+        for index, entry in enumerate(config.schedules)
+        if entry.instance in made_elsewhere
+    ]

@@ -1,0 +1,81 @@
+"""Reports as JSON values, for programs: stable keys, instants in RFC 3339, durations in seconds."""
+
+from datetime import datetime
+from typing import Any
+
+from hypemand.core.forecast import PlannedRun
+from hypemand.core.model import RunFinished, Snapshot
+from hypemand.core.structure import format_instant
+from hypemand.state.codec import line_document, schedule_document
+from hypemand.surface.report import InstanceView, Overview
+
+
+def overview_document(overview: Overview, config_problems: list[str], now: datetime) -> dict[str, Any]:
+    """The answer to ``status --json``."""
+    state = overview.state
+    return {
+        "daemon": {"running": _daemon_runs(overview), "pid": state.owner.pid if state.owner else None},
+        "state_dir": str(state.state_dir),
+        "config_problems": config_problems,
+        "problems": overview.problems,
+        "warnings": overview.warnings,
+        "unreadable_state_files": list(state.trouble),
+        "quarantine": list(state.quarantine),
+        "damaged_log_lines": state.log.damaged,
+        "open_runs": sorted(state.log.open_runs()),
+        "instances": [_view_document(view, now) for view in overview.instances],
+    }
+
+
+def _daemon_runs(overview: Overview) -> bool:
+    owner = overview.state.owner
+    return owner is not None and owner.role == "daemon"
+
+
+def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
+    last = view.snapshots[-1] if view.snapshots else None
+    return {
+        "instance_id": view.instance_id,
+        "backend": view.backend,
+        "state": view.state,
+        "covered": view.schedule is not None,
+        "schedule": schedule_document(view.schedule) if view.schedule else None,
+        "last_run": line_document(view.last_run) if view.last_run else None,
+        "open_run": view.open_run,
+        "last_snapshot": snapshot_document(last) if last else None,
+        "last_snapshot_age_s": round((now - last.created_at).total_seconds(), 3) if last else None,
+        "snapshots_kept": None if view.snapshots is None else len(view.snapshots),
+        "snapshots_bytes": None if view.snapshots is None else sum(s.size_bytes for s in view.snapshots),
+        "trouble": view.trouble,
+    }
+
+
+def snapshot_document(snapshot: Snapshot) -> dict[str, Any]:
+    """One snapshot of ``snapshots --json``."""
+    return {
+        "id": snapshot.id,
+        "instance_id": snapshot.instance_id,
+        "name": snapshot.name,
+        "kind": str(snapshot.kind),
+        "created_at": format_instant(snapshot.created_at),
+        "size_bytes": snapshot.size_bytes,
+        "tags": dict(snapshot.tags),
+    }
+
+
+def run_document(run: RunFinished) -> dict[str, Any]:
+    """One run of ``history --json``."""
+    return line_document(run)
+
+
+def planned_document(view: InstanceView, run: PlannedRun) -> dict[str, Any]:
+    """One run of ``plan --json``."""
+    return {
+        "at": format_instant(run.at),
+        "instance_id": view.instance_id,
+        "snapshot_name": run.snapshot_name,
+        "prunes": [
+            {"snapshot_id": e.snapshot.id, "snapshot_name": e.snapshot.name, "reasons": list(e.reasons)}
+            for e in run.prunes
+        ],
+    }

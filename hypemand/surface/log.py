@@ -1,0 +1,145 @@
+"""The log: for people on a terminal, one JSON object a line otherwise. On stderr.
+
+Lines are written by a thread of their own: a reader that stalls must hold up
+neither a run nor a resume. It loses lines then, and the log says how many.
+"""
+
+import atexit
+import contextlib
+import json
+import logging
+import queue
+import re
+import sys
+import threading
+from collections.abc import Callable, MutableMapping
+from typing import Any, TextIO
+
+import orjson
+import structlog
+
+from hypemand.config import LogConfig, LogFormat
+
+QUEUE_LINES = 10_000
+_FLUSH_S = 2.0
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
+
+
+class LineWriter:
+    """Writes lines to a stream from a thread; never blocks and never raises in the caller."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._lines: queue.Queue[str | None] = queue.Queue(QUEUE_LINES)
+        self._lost = 0
+        self.tell_lost: Callable[[int], str] = "({} log lines lost: the log's reader was too slow)".format
+        self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: str) -> None:
+        """Queue *line*; it is lost when the queue is full."""
+        try:
+            self._own_up()
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def _own_up(self) -> None:
+        if self._lost:
+            self._lines.put_nowait(self.tell_lost(self._lost))
+            self._lost = 0
+
+    def close(self) -> None:
+        """Write what is queued, for as long as that takes no more than 2 s."""
+        try:
+            self._own_up()
+            self._lines.put_nowait(None)
+        except queue.Full:
+            return
+        self._thread.join(_FLUSH_S)
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                self._stream.write(line + "\n")
+                if self._lines.empty():
+                    self._stream.flush()
+            except (OSError, ValueError):
+                continue  # nobody reads the log; hypemand goes on
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+
+class _Logger:
+    """What structlog writes rendered lines to."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        self._writer = writer
+
+    def msg(self, line: str) -> None:
+        self._writer.write(line)
+
+    log = debug = info = warning = warn = error = critical = fatal = exception = failure = msg
+
+
+_writer: LineWriter | None = None
+
+
+def set_up_log(config: LogConfig) -> None:
+    """Log as *config* says, from now on; may be called again."""
+    global _writer  # noqa: PLW0603 - the process has one log
+    if _writer is None:
+        _writer = LineWriter(sys.stderr)
+        atexit.register(_writer.close)
+    logger = _Logger(_writer)
+    for_people = config.format is LogFormat.CONSOLE or (config.format is LogFormat.AUTO and sys.stderr.isatty())
+    processors = [structlog.processors.add_log_level, *(_console() if for_people else _json())]
+
+    def tell_lost(lines: int) -> str:
+        event: Any = {"event": "log lines lost: the log's reader was too slow", "lines": lines}
+        for processor in processors:
+            event = processor(logger, "warning", event)
+        return str(event)
+
+    _writer.tell_lost = tell_lost
+    structlog.configure(
+        processors=[structlog.contextvars.merge_contextvars, *processors],
+        wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, config.level.upper())),
+        logger_factory=lambda *_: logger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def _console() -> list[Any]:
+    return [
+        structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
+        structlog.processors.format_exc_info,
+        _harmless,
+        structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), pad_event_to=28, exception_formatter=structlog.dev.plain_traceback
+        ),
+    ]
+
+
+def _json() -> list[Any]:
+    return [
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+        structlog.processors.JSONRenderer(serializer=_dumps),
+    ]
+
+
+def _harmless(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """What a hypervisor or a file name says must not steer the terminal."""
+    for key, value in event.items():
+        if isinstance(value, str):
+            event[key] = _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
+    return event
+
+
+def _dumps(event: dict[str, Any], **options: Any) -> str:
+    default = options.get("default", str)
+    try:
+        return orjson.dumps(event, default=default).decode()
+    except TypeError:  # texts that are not UTF-8, numbers of more than 64 bits, keys that are no texts
+        return json.dumps(event, default=default, skipkeys=True)

@@ -1,0 +1,183 @@
+"""Reports for people: tables on a terminal, plain columns in a pipe."""
+
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime, timedelta
+
+from attrs import frozen
+
+from hypemand.core.duration import format_duration
+from hypemand.core.forecast import PlannedRun
+from hypemand.core.model import RunFinished, Snapshot
+from hypemand.core.size import format_size
+from hypemand.surface.report import InstanceView, Overview
+
+
+@frozen
+class Table:
+    """Headings and rows of text."""
+
+    headings: Sequence[str]
+    rows: Sequence[Sequence[str]]
+
+
+def show(table: Table) -> None:
+    """Print *table* on stdout: framed and coloured on a terminal, columns two spaces apart otherwise."""
+    if sys.stdout.isatty():
+        _show_rich(table)
+        return
+    lines = [table.headings, *([_one_line(text) for text in row] for row in table.rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(table.headings))]
+    for line in lines:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _one_line(text: str) -> str:
+    """*text* as it can stand in a cell: what a hypervisor says may hold line ends and control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _show_rich(table: Table) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    for heading in table.headings:
+        drawn.add_column(heading, overflow="fold")
+    for row in table.rows:
+        drawn.add_row(
+            *(Text(text, style=_style(heading, text)) for heading, text in zip(table.headings, row, strict=True))
+        )
+    Console().print(drawn)
+
+
+def _style(heading: str, text: str) -> str:
+    if heading == "ERROR" or text in ("failed", "interrupted", "overdue"):
+        return "red"
+    return "yellow" if text in ("skipped", "uncovered", "disabled", "not settled") else ""
+
+
+def ago(at: datetime | None, now: datetime) -> str:
+    """How long *at* is ago, in one or two units: ``3h12m ago``."""
+    if at is None:
+        return "-"
+    return f"{_coarse(now - at)} ago" if at <= now else f"in {_coarse(at - now)}"
+
+
+def _coarse(span: timedelta) -> str:
+    seconds = int(span.total_seconds())
+    days, hours = divmod(seconds // 3600, 24)
+    if days:
+        return f"{days}d{hours}h" if hours else f"{days}d"
+    unit = 60 if seconds >= 3600 else 1
+    return format_duration(timedelta(seconds=seconds // unit * unit))
+
+
+def _instant(at: datetime) -> str:
+    return f"{at:%Y-%m-%d %H:%M:%S}Z"
+
+
+def seconds_short(seconds: float | None) -> str:
+    """A freeze for people: ``12 ms``, ``1.4 s``."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+
+
+def status_table(overview: Overview, now: datetime) -> Table:
+    """A row for each instance."""
+    headings = (
+        "INSTANCE", "BACKEND", "STATE", "INTERVAL", "NEXT RUN", "LAST RUN", "OUTCOME", "LAST SNAPSHOT", "AGE", "KEPT",
+        "SIZE", "FREEZE", "ERROR",
+    )  # fmt: skip
+    return Table(headings, [_status_row(view, now) for view in overview.instances])
+
+
+def _status_row(view: InstanceView, now: datetime) -> list[str]:
+    schedule, run = view.schedule, view.last_run
+    last = view.snapshots[-1] if view.snapshots else None
+    return [
+        view.instance_id,
+        view.backend or "-",
+        view.state or "?",
+        format_duration(schedule.interval) if schedule else "uncovered",
+        _next_run(view, now),
+        ago(schedule.last_run_at if schedule else None, now),
+        "not settled" if view.open_run else str(run.outcome) if run else "-",
+        last.name if last else "-",
+        ago(last.created_at, now).removesuffix(" ago") if last else "-",
+        "?" if view.snapshots is None else str(len(view.snapshots)),
+        "?" if view.snapshots is None else format_size(sum(s.size_bytes for s in view.snapshots)),
+        seconds_short(run.freeze_s if run else None),
+        (schedule.last_error if schedule else None) or view.trouble or "",
+    ]
+
+
+def _next_run(view: InstanceView, now: datetime) -> str:
+    if view.schedule is None:
+        return "-"
+    if not view.schedule.settings.enabled:
+        return "disabled"
+    return ago(view.schedule.next_run_at, now) if view.schedule.next_run_at > now else "overdue"
+
+
+def snapshots_table(snapshots: Iterable[Snapshot], now: datetime) -> Table:
+    """A row for each snapshot."""
+    rows = [
+        [
+            s.instance_id,
+            s.name,
+            s.kind,
+            f"{s.created_at:%Y-%m-%d %H:%M:%S}Z",
+            ago(s.created_at, now),
+            format_size(s.size_bytes),
+            s.id,
+        ]
+        for s in snapshots
+    ]
+    return Table(("INSTANCE", "NAME", "KIND", "CREATED", "AGE", "SIZE", "ID"), rows)
+
+
+def history_table(runs: Iterable[RunFinished]) -> Table:
+    """A row for each run."""
+    rows = [
+        [
+            _instant(run.started_at),
+            run.instance_id,
+            str(run.outcome),
+            run.snapshot_name or "-",
+            "-" if run.size_bytes is None else format_size(run.size_bytes),
+            seconds_short(run.freeze_s),
+            seconds_short(run.late_s),
+            str(len(run.pruned)),
+            run.error or "",
+        ]
+        for run in runs
+    ]
+    return Table(("STARTED", "INSTANCE", "OUTCOME", "SNAPSHOT", "SIZE", "FREEZE", "LATE", "PRUNED", "ERROR"), rows)
+
+
+def plan_table(planned: Iterable[tuple[InstanceView, PlannedRun]]) -> Table:
+    """A row for each run to come, and one for each snapshot that it will prune."""
+    rows = []
+    for view, run in planned:
+        rows.append([_instant(run.at), view.instance_id, "take", run.snapshot_name, ""])
+        rows += [
+            [_instant(run.at), view.instance_id, "prune", e.snapshot.name, "; ".join(e.reasons)] for e in run.prunes
+        ]
+    return Table(("AT", "INSTANCE", "ACTION", "SNAPSHOT", "WHY"), rows)
+
+
+def status_notes(overview: Overview, config_problems: Iterable[str]) -> list[str]:
+    """What is to be said below the table of `status`; the daemon's state first."""
+    state = overview.state
+    notes = [f"daemon: {state.owner} is running" if state.owner else "daemon: not running"]
+    notes += [f"config invalid, a running daemon goes on with the one before: {p}" for p in config_problems]
+    notes += [f"problem: {problem}" for problem in overview.problems]
+    notes += [f"warning: {warning}" for warning in overview.warnings]
+    notes += [f"state file unreadable or invalid: {trouble}" for trouble in state.trouble]
+    notes += [f"in quarantine: {note} (see {state.state_dir}/quarantine)" for note in state.quarantine]
+    notes += [f"run log damaged: {place}" for place in state.log.damaged]
+    return notes

@@ -1,0 +1,158 @@
+"""What an operator asks, answered from the state files and the backends. Changes nothing."""
+
+from collections.abc import Collection
+from datetime import datetime
+from pathlib import Path
+
+import trio
+from attrs import define, field, frozen
+
+from hypemand.backends.base import BackendError
+from hypemand.config import Config
+from hypemand.core.model import InstanceId, RunFinished, Schedule, Snapshot
+from hypemand.core.retention import scheduled_only
+from hypemand.engine.clock import Clock, ClockWatch, SystemClock
+from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
+from hypemand.engine.limits import answer
+from hypemand.engine.reconcile import Discovery, discover, wanted_schedules
+from hypemand.state.files import Disk
+from hypemand.state.lock import LockOwner, lock_owner
+from hypemand.state.replay import lay_over
+from hypemand.state.runlog import LogContent, read_log
+from hypemand.state.store import quarantine_notes, scan_schedules
+
+ANSWER_S = 5.0
+AT_ONCE = 16
+
+
+@frozen(kw_only=True)
+class State:
+    """The state directory as it is now."""
+
+    state_dir: Path
+    owner: LockOwner | None
+    schedules: dict[InstanceId, Schedule]
+    log: LogContent
+    trouble: tuple[str, ...]
+    quarantine: tuple[str, ...]
+
+
+def read_state(state_dir: Path, now: datetime) -> State:
+    """Read the state in *state_dir*. Blocking; also beside a running daemon.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    disk = Disk()
+    scan = scan_schedules(state_dir / "schedules", disk)
+    log = read_log(state_dir, disk)
+    schedules = {}
+    for instance, (schedule, _) in scan.schedules.items():
+        schedules[instance] = lay_over(schedule, [line for line in log.lines if line.instance_id == instance], now)
+    return State(
+        state_dir=state_dir,
+        owner=lock_owner(state_dir),
+        schedules=schedules,
+        log=log,
+        trouble=tuple(f"{bad.path}: {bad.problem}" for bad in (*scan.invalid, *scan.newer, *scan.unreadable)),
+        quarantine=tuple(quarantine_notes(state_dir)),
+    )
+
+
+@define
+class InstanceView:
+    """An instance: its schedule if it has one, and what its backend says of it.
+
+    Attributes:
+        snapshots: Scheduled ones, oldest first; None where they can't be listed.
+        trouble: Why the backend's part is missing.
+    """
+
+    instance_id: InstanceId
+    backend: str | None
+    schedule: Schedule | None = None
+    state: str | None = None
+    snapshots: tuple[Snapshot, ...] | None = None
+    trouble: str | None = None
+    last_run: RunFinished | None = None
+    open_run: bool = False
+
+
+@define
+class Overview:
+    """Everything that `status` shows."""
+
+    state: State
+    instances: list[InstanceView] = field(factory=list)
+    problems: list[str] = field(factory=list)
+    warnings: list[str] = field(factory=list)
+
+
+async def look_offline(state: State, config: Config | None, only: str | None) -> Overview:
+    """`look`, with backends of its own; *config* is None where it is invalid."""
+    fleet = new_fleet(state.state_dir)
+    fleet.build(config.backends if config else {})
+    try:
+        return await look(state, config, fleet, SystemClock(), only)
+    finally:
+        await fleet.aclose()
+
+
+async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, only: str | None = None) -> Overview:
+    """Ask the backends of *config* about every instance with a schedule, and about those that none covers."""
+    discovery = await discover(fleet.backends)
+    overview = Overview(state, _views(state, discovery, fleet, only))
+    if config is not None:
+        wanted = wanted_schedules(config, discovery, state.schedules.values())
+        overview.problems += wanted.problems
+    overview.problems += [f"backend {name}: {error}" for name, error in sorted(discovery.errors.items())]
+    overview.warnings += _clock_warnings(state.schedules.values(), clock)
+    limiter = trio.CapacityLimiter(AT_ONCE)
+    async with trio.open_nursery() as nursery:
+        for view in overview.instances:
+            nursery.start_soon(_ask, view, fleet, limiter)
+    return overview
+
+
+def _views(state: State, discovery: Discovery, fleet: Fleet, only: str | None) -> list[InstanceView]:
+    last_runs = {run.instance_id: run for run in state.log.finished()}
+    open_instances = {run.instance_id for run in state.log.open_runs().values()}
+    views = {i: InstanceView(i, _backend_of(s, fleet), s) for i, s in state.schedules.items()}
+    for name, instances in sorted(discovery.instances.items()):
+        for instance in instances:
+            views.setdefault(instance, InstanceView(instance, name))
+    for instance, view in views.items():
+        view.last_run = last_runs.get(instance)
+        view.open_run = instance in open_instances
+    return [views[instance] for instance in sorted(views) if only in (None, instance)]
+
+
+def _backend_of(schedule: Schedule, fleet: Fleet) -> str | None:
+    try:
+        return fleet.resolve(schedule.backend)
+    except UnknownBackendError:
+        return schedule.backend
+
+
+async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter) -> None:
+    instance = view.instance_id
+    async with limiter:
+        try:
+            backend = fleet.backends[fleet.resolve(view.backend)]
+            status = await answer("state", ANSWER_S, lambda: backend.state(instance))
+            view.state = status.state
+        except (BackendError, UnknownBackendError) as error:
+            view.trouble = str(error)
+            if isinstance(error, UnknownBackendError):
+                return
+        try:
+            listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(instance))
+            view.snapshots = tuple(sorted(scheduled_only(instance, listed), key=lambda s: (s.created_at, s.id)))
+        except BackendError as error:
+            view.trouble = view.trouble or str(error)
+
+
+def _clock_warnings(schedules: Collection[Schedule], clock: Clock) -> list[str]:
+    by_age = [schedule.interval for schedule in schedules if schedule.retention.max_age]
+    why = ClockWatch(clock).why_age_waits(min(by_age)) if by_age else None
+    return [f"snapshots are not pruned by age for now: {why}"] if why else []

@@ -1,0 +1,145 @@
+"""What the contract suite needs of a backend under test: a guest, and an operator's hand on it.
+
+A backend gets its own `Subject` here, and an entry in `SUBJECTS`.
+"""
+
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+
+from hypemand.backends import registry
+from hypemand.backends.base import Backend, Surroundings
+from hypemand.core.model import InstanceId
+from tests.qemu_guest import Guest, running_guest
+
+
+class Subject(Protocol):
+    """A backend, already opened for the first time, and one guest of it that runs.
+
+    Whatever is not the backend's own doing goes past it: straight to the
+    hypervisor, as an operator or another program would do it.
+    """
+
+    @property
+    def backend(self) -> Backend:
+        """The backend under test."""
+
+    @property
+    def slow_backend(self) -> Backend:
+        """The same one, where possible with captures that take seconds."""
+
+    @property
+    def surroundings(self) -> Surroundings:
+        """What `backend` was built with."""
+
+    @property
+    def instance(self) -> InstanceId:
+        """The guest."""
+
+    @property
+    def catalog(self) -> Path | None:
+        """The directory of its catalog, where it has one."""
+
+    async def guest_runs(self) -> bool:
+        """Whether the guest's vCPUs run."""
+
+    async def operator_pauses(self) -> None:
+        """Pause the guest."""
+
+    async def operator_resumes(self) -> None:
+        """Let it run again."""
+
+    async def go_away(self) -> None:
+        """Make the hypervisor unreachable."""
+
+    async def come_back(self) -> None:
+        """Make it reachable again, the guest as it was."""
+
+
+class EmbeddedSubject:
+    """Directories; an operator is an editor of ``instance.json``, and unreachable is what is not mounted."""
+
+    instance = InstanceId("web-1")
+
+    def __init__(self, directory: Path) -> None:
+        self._root = directory / "embedded"
+        self._state_file = self._root / "instances" / self.instance / "instance.json"
+        self.catalog = self._root / "snapshots"
+        self.surroundings = Surroundings(directory)
+        self.backend = self._build({"instances": {self.instance: {"memory": "1MiB", "disk": "3MiB"}}})
+        self.slow_backend = self._build({"copy_rate": "1MiB"})
+
+    def _build(self, settings: Mapping[str, Any]) -> Backend:
+        connection = {"type": "embedded", "root": str(self._root), **settings}
+        return registry.connect("lab", connection, self.surroundings)
+
+    async def guest_runs(self) -> bool:
+        return bool(json.loads(self._state_file.read_text())["state"] == "Running")
+
+    async def operator_pauses(self) -> None:
+        self._state_file.write_text('{"state": "Paused"}')
+
+    async def operator_resumes(self) -> None:
+        self._state_file.write_text('{"state": "Running"}')
+
+    async def go_away(self) -> None:
+        self._root.rename(self._root.with_name("unmounted"))
+        self._root.mkdir()
+
+    async def come_back(self) -> None:
+        self._root.rmdir()
+        self._root.with_name("unmounted").rename(self._root)
+
+
+@asynccontextmanager
+async def embedded_subject(directory: Path) -> AsyncIterator[Subject]:
+    subject = EmbeddedSubject(directory)
+    await subject.backend.open(first_use=True)
+    yield subject
+
+
+class QemuSubject:
+    """A real QEMU; the operator has a monitor of their own, and unreachable is one whose socket file is missing."""
+
+    def __init__(self, directory: Path, guest: Guest) -> None:
+        self._guest = guest
+        self.instance = guest.instance_id
+        self.catalog = directory / "catalog"
+        self.surroundings = Surroundings(directory / "state")
+        connection = {"type": "qemu", "socket": str(guest.socket_template), "snapshot_dir": str(self.catalog)}
+        self.backend = registry.connect("vms", connection, self.surroundings)
+        self.slow_backend = self.backend
+
+    async def guest_runs(self) -> bool:
+        return bool((await self._guest.qmp("query-status"))["running"])
+
+    async def operator_pauses(self) -> None:
+        await self._guest.qmp("stop")
+
+    async def operator_resumes(self) -> None:
+        await self._guest.qmp("cont")
+
+    async def go_away(self) -> None:
+        self._guest.socket.rename(self._guest.socket.with_suffix(".away"))
+
+    async def come_back(self) -> None:
+        self._guest.socket.with_suffix(".away").rename(self._guest.socket)
+
+
+@asynccontextmanager
+async def qemu_subject(directory: Path) -> AsyncIterator[Subject]:
+    async with running_guest(directory, wait=False) as guest:
+        subject = QemuSubject(directory, guest)
+        await subject.backend.open(first_use=True)
+        yield subject
+
+
+SubjectMaker = Callable[[Path], AbstractAsyncContextManager[Subject]]
+SUBJECTS = [
+    pytest.param(embedded_subject, id="embedded"),
+    pytest.param(qemu_subject, id="qemu", marks=pytest.mark.qemu),
+]

@@ -1,0 +1,283 @@
+"""Fakes for what can't run in virtual time: a hypervisor, a clock, a disk with room. Tested in test_fakes.py."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta, tzinfo
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import define, field
+
+from hypemand.backends.base import (
+    BackendUnavailable,
+    Capabilities,
+    Captured,
+    CaptureRequest,
+    InstanceNotFound,
+    InvalidState,
+    Preparation,
+    Settled,
+    Status,
+)
+from hypemand.core.model import (
+    Freezer,
+    InstanceId,
+    InstanceState,
+    RunStarted,
+    Snapshot,
+    SnapshotKind,
+)
+from hypemand.engine.space import Filesystem
+
+START = datetime(2026, 3, 9, 1, 0, tzinfo=UTC)
+
+
+@define
+class FakeClock:
+    """Follows trio's clock from `START`; `jump` moves the wall clock alone. Make it inside the event loop."""
+
+    start: datetime = START
+    synced: bool | None = None
+    offset: timedelta = timedelta(0)
+    began: float = field(factory=trio.current_time)
+
+    def now(self) -> datetime:
+        return self.start + self.offset + timedelta(seconds=trio.current_time() - self.began)
+
+    def boot_s(self) -> float:
+        return trio.current_time() - self.began
+
+    def synchronised(self) -> bool | None:
+        return self.synced
+
+    def zone(self) -> tzinfo:
+        return UTC
+
+    def jump(self, by: timedelta) -> None:
+        self.offset += by
+
+
+@define
+class FakeInstance:
+    state: InstanceState = InstanceState.RUNNING
+    paused_by_us: bool = False
+    snapshots: dict[str, Snapshot] = field(factory=dict)
+    unpublished: dict[str, Snapshot] = field(factory=dict)
+
+
+@define
+class Fault:
+    """What a call does instead of working: hang, or raise; *times* calls long (None: always)."""
+
+    error: Exception | None = None
+    hang: bool = False
+    times: int | None = None
+
+
+@define(eq=False)
+class FakeBackend:
+    """A hypervisor in memory, which follows the protocol's docstrings and can be told to misbehave.
+
+    Attributes:
+        frozen: Instances that stand still now, by hypemand or in the hypervisor's own capture.
+        calls: Every call with the time it was made, for asserting order and lateness.
+        abandoned: Captures that go on in the hypervisor though their caller is gone.
+    """
+
+    clock: FakeClock
+    name: str = "fake"
+    freezes: Freezer = Freezer.ENGINE
+    abortable: bool = True
+    capture_s: float = 1.0
+    kinds: frozenset[SnapshotKind] = frozenset(SnapshotKind)
+    machines: dict[InstanceId, FakeInstance] = field(factory=dict)
+    faults: dict[tuple[str, str], Fault] = field(factory=dict)
+    calls: list[tuple[float, str, str]] = field(factory=list)
+    frozen: set[InstanceId] = field(factory=set)
+    longest_frozen: float = 0.0
+    capturing: int = 0
+    most_capturing: int = 0
+    needed_bytes: int = 100
+    taken_names: set[str] = field(factory=set)
+    abandoned: dict[str, float] = field(factory=dict)
+    unavailable: bool = False
+    closed: bool = False
+    settings: dict[str, Any] = field(factory=dict)
+    _frozen_since: dict[InstanceId, float] = field(factory=dict)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(freezes=self.freezes, abortable=self.abortable, kinds=self.kinds)
+
+    @property
+    def connection(self) -> Mapping[str, Any]:
+        return {"type": "fake", "name": self.name, **self.settings}
+
+    def add(self, *names: str, state: InstanceState = InstanceState.RUNNING) -> None:
+        for name in names:
+            self.machines[InstanceId(name)] = FakeInstance(state)
+
+    def fail(self, call: str, instance: str, error: Exception | None = None, *, times: int | None = None) -> None:
+        """Let *call* on *instance* raise *error*, or hang where there is none."""
+        self.faults[call, instance] = Fault(error, hang=error is None, times=times)
+
+    def heal(self, call: str, instance: str) -> None:
+        self.faults.pop((call, instance), None)
+
+    async def open(self, *, first_use: bool) -> None:
+        await self._called("open", f"first_use={first_use}")
+
+    async def instances(self) -> frozenset[InstanceId]:
+        await self._called("instances", "")
+        return frozenset(self.machines)
+
+    async def state(self, instance: InstanceId) -> Status:
+        await self._called("state", instance)
+        return Status(self._machine(instance).state)
+
+    async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
+        await self._called("prepare", instance)
+        names = {s.name for s in self._machine(instance).snapshots.values()}
+        return Preparation(self.needed_bytes, Path("/fake"), names | self.taken_names)
+
+    async def pause(self, instance: InstanceId) -> None:
+        machine = self._machine(instance)
+        if machine.state is InstanceState.RUNNING:
+            machine.state, machine.paused_by_us = InstanceState.PAUSED, True
+            self._freeze(instance)
+        await self._called("pause", instance)
+
+    async def resume(self, instance: InstanceId) -> None:
+        await self._called("resume", instance)
+        machine = self._machine(instance)
+        if machine.state not in (InstanceState.PAUSED, InstanceState.RUNNING):
+            raise InvalidState(f"instance is {machine.state}")
+        machine.state, machine.paused_by_us = InstanceState.RUNNING, False
+        self._thaw(instance)
+
+    async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
+        self.capturing += 1
+        self.most_capturing = max(self.most_capturing, self.capturing)
+        by_itself = self.freezes is Freezer.HYPERVISOR and self._machine(instance).state is InstanceState.RUNNING
+        began = trio.current_time()
+        try:
+            if by_itself:
+                self._freeze(instance)
+            await self._called("capture", instance)
+            await trio.sleep(self.capture_s)
+            snapshot = _snapshot(instance, request)
+            self._machine(instance).unpublished[request.run_id] = snapshot
+            return Captured(snapshot, trio.current_time() - began if by_itself else None)
+        except trio.Cancelled:
+            if not self.abortable:
+                self.abandoned[request.run_id] = began + self.capture_s
+            raise
+        finally:
+            self.capturing -= 1
+            if by_itself:
+                self._thaw(instance)
+
+    async def publish(self, snapshot: Snapshot) -> None:
+        await self._called("publish", snapshot.instance_id)
+        machine = self._machine(snapshot.instance_id)
+        machine.snapshots[snapshot.id] = machine.unpublished.pop(snapshot.id, snapshot)
+
+    async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
+        await self._called("list_snapshots", instance)
+        held = self.machines.get(instance, FakeInstance()).snapshots.values()
+        return tuple(sorted(held, key=lambda s: (s.created_at, s.id)))
+
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        await self._called("delete_snapshot", snapshot.name)
+        self.machines[snapshot.instance_id].snapshots.pop(snapshot.id, None)
+
+    async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
+        await self._called("settle", run.instance_id)
+        if self.abandoned.get(run.run_id, 0.0) > trio.current_time():
+            raise BackendUnavailable("the hypervisor is still saving")
+        machine = self._machine(run.instance_id)
+        resumed = machine.paused_by_us
+        if resumed:
+            machine.state, machine.paused_by_us = InstanceState.RUNNING, False
+            self._thaw(run.instance_id)
+        machine.unpublished.pop(run.run_id, None)
+        return Settled(machine.snapshots.get(run.run_id), resumed)
+
+    async def aclose(self) -> None:
+        self.closed = True
+
+    async def _called(self, call: str, instance: str) -> None:
+        self.calls.append((trio.current_time(), call, instance))
+        await trio.lowlevel.checkpoint()
+        if self.unavailable:
+            raise BackendUnavailable("connection refused")
+        fault = self.faults.get((call, instance)) or self.faults.get((call, "*"))
+        if fault is None:
+            return
+        if fault.times is not None:
+            fault.times -= 1
+            if fault.times < 0:
+                return
+        if fault.hang:
+            await trio.sleep_forever()
+        assert fault.error is not None
+        raise fault.error
+
+    def _machine(self, instance: InstanceId) -> FakeInstance:
+        if instance not in self.machines:
+            raise InstanceNotFound(f"no instance {instance}")
+        return self.machines[instance]
+
+    def _freeze(self, instance: InstanceId) -> None:
+        self.frozen.add(instance)
+        self._frozen_since[instance] = trio.current_time()
+
+    def _thaw(self, instance: InstanceId) -> None:
+        if instance in self.frozen:
+            self.frozen.discard(instance)
+            self.longest_frozen = max(self.longest_frozen, trio.current_time() - self._frozen_since[instance])
+
+    def times(self, call: str, instance: str) -> list[float]:
+        """When *call* was made on *instance*."""
+        return [at for at, name, of in self.calls if (name, of) == (call, instance)]
+
+    def names(self, instance: str) -> list[str]:
+        """Names of the published snapshots of *instance*, oldest first."""
+        held = self.machines[InstanceId(instance)].snapshots.values()
+        return [s.name for s in sorted(held, key=lambda s: (s.created_at, s.id))]
+
+
+def _snapshot(instance: InstanceId, request: CaptureRequest) -> Snapshot:
+    return Snapshot(
+        id=request.run_id,
+        instance_id=instance,
+        name=request.name,
+        kind=request.kind,
+        created_at=request.created_at,
+        size_bytes=100,
+        tags=request.tags,
+    )
+
+
+def seeded_snapshot(instance: str, number: int, created_at: datetime, tags: Mapping[str, str]) -> Snapshot:
+    """A snapshot that was there before the test began."""
+    return Snapshot(
+        id=f"seed{number}",
+        instance_id=InstanceId(instance),
+        name=f"seed-{number}",
+        kind=SnapshotKind.STANDBY,
+        created_at=created_at,
+        size_bytes=100,
+        tags=tags,
+    )
+
+
+@define
+class FakeRoom:
+    """A filesystem with so much room."""
+
+    free_bytes: int = 10**12
+
+    async def measure(self, path: Path) -> Filesystem:
+        await trio.lowlevel.checkpoint()
+        return Filesystem(1, self.free_bytes)

@@ -1,0 +1,146 @@
+"""An engine over fakes, in virtual time: real scheduler, runner, store and run log, no threads."""
+
+import itertools
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import define, evolve, field
+
+from hypemand.backends.base import Backend
+from hypemand.config import BackendConfig, Config, RetentionEntry, RunsConfig, ScheduleEntry
+from hypemand.core.model import InstanceId, RunFinished, Schedule
+from hypemand.engine.engine import Engine, Outside, Tempo
+from hypemand.engine.fleet import Fleet
+from hypemand.engine.limits import Patience
+from hypemand.state.files import Disk
+from hypemand.state.runlog import read_log
+from tests.disks import InlineDisk
+from tests.fakes import FakeBackend, FakeClock, FakeRoom
+
+BOOT_ID = "this-boot"
+
+
+class QuickDisk(InlineDisk):
+    """Inline, and without the syncs: for a week of runs."""
+
+    def sync(self, descriptor: int) -> None:
+        del descriptor
+
+
+def entry(instance: str, interval: str | timedelta = timedelta(hours=1), **more: Any) -> ScheduleEntry:
+    """A config entry; *interval* as a timedelta."""
+    assert isinstance(interval, timedelta)
+    count = more.pop("max_count", None)
+    age = more.pop("max_age", None)
+    return ScheduleEntry(instance=instance, interval=interval, retention=RetentionEntry(age, count), **more)
+
+
+@define
+class World:
+    """What a test of the engine works with; made by `world`."""
+
+    state_dir: Path
+    clock: FakeClock
+    room: FakeRoom
+    disk: Disk
+    backends: dict[str, FakeBackend]
+    config: Config
+    engine: Engine
+    numbers: Iterable[int] = field(factory=itertools.count)
+
+    @property
+    def backend(self) -> FakeBackend:
+        """The first backend."""
+        return next(iter(self.backends.values()))
+
+    def schedule(self, instance: str) -> Schedule:
+        return self.engine.store.schedules[InstanceId(instance)]
+
+    def history(self, instance: str | None = None) -> list[RunFinished]:
+        found = read_log(self.state_dir, Disk()).finished(InstanceId(instance) if instance else None)
+        return found
+
+    def outcomes(self, instance: str | None = None) -> list[str]:
+        return [str(run.outcome) for run in self.history(instance)]
+
+    async def apply(self, *entries: ScheduleEntry) -> None:
+        """Put other schedules in force, as an edit of the config does."""
+        self.config = evolve(self.config, schedules=entries)
+        await self.engine.apply_config(self.config)
+
+
+def config_of(
+    state_dir: Path,
+    entries: Iterable[ScheduleEntry],
+    backends: Mapping[str, FakeBackend],
+    **runs: Any,
+) -> Config:
+    """A config with the fakes as its backends."""
+    runs = {"min_free": 0, "shutdown_grace": timedelta(seconds=10), **runs}
+    tables = {name: BackendConfig("fake", name, runs.pop(f"{name}_concurrency", None)) for name in backends}
+    return Config(state_dir, runs=RunsConfig(**runs), backends=tables, schedules=tuple(entries))
+
+
+@asynccontextmanager
+async def world(
+    tmp_path: Path,
+    *entries: ScheduleEntry,
+    backends: Iterable[FakeBackend] | None = None,
+    clock: FakeClock | None = None,
+    disk: Disk | None = None,
+    before_start: Callable[[World], None] | None = None,
+    serve: bool = True,
+    **runs: Any,
+) -> AsyncIterator[World]:
+    """An engine that serves *entries* in the background until the end of the block, then is stopped without grace.
+
+    Instances named in the entries exist and run, unless the backends have some already.
+    """
+    clock = clock or FakeClock()
+    fakes = {fake.name: fake for fake in backends or [FakeBackend(clock)]}
+    first = next(iter(fakes.values()))
+    if not any(fake.machines for fake in fakes.values()):
+        first.add(*(e.instance for e in entries if not e.is_pattern))
+    config = config_of(tmp_path, entries, fakes, **runs)
+    room = FakeRoom()
+    disk = disk or QuickDisk()
+    async with trio.open_nursery() as background:
+        engine = Engine(config, _fleet(fakes), _outside(clock, disk, room), background)
+        made = World(tmp_path, clock, room, disk, fakes, config, engine)
+        await engine.load()
+        if before_start is not None:
+            before_start(made)
+        await engine.start()
+        if serve:
+            background.start_soon(engine.serve)
+        yield made
+        engine.give_up.set()
+        engine.stop(0)
+        background.cancel_scope.cancel()
+
+
+def _fleet(fakes: Mapping[str, FakeBackend]) -> Fleet:
+    def build(name: str, config: BackendConfig) -> Backend:
+        return fakes[name]
+
+    def connect(name: str, connection: Mapping[str, Any]) -> Backend:
+        return fakes[name]
+
+    return Fleet(build, connect)
+
+
+def _outside(clock: FakeClock, disk: Disk, room: FakeRoom) -> Outside:
+    ids = (f"r{number:06d}" for number in itertools.count(1))
+    return Outside(
+        clock=clock,
+        disk=disk,
+        measure=room.measure,
+        new_id=lambda: next(ids),
+        boot_id=BOOT_ID,
+        patience=Patience(),
+        tempo=Tempo(),
+    )
