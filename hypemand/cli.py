@@ -1,10 +1,11 @@
 """The command line. Each command imports what it needs alone, so that ``--help`` is quick."""
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from hypemand.core.errors import Problem
     from hypemand.surface.report import Overview, State
 
-OK, FAILED, LOCKED, BAD_CONFIG = 0, 1, os.EX_TEMPFAIL, os.EX_CONFIG
+OK, FAILED, MISUSED, LOCKED, BAD_CONFIG = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
 
 _ABOUT = """\
 Periodic snapshots of virtual machines that never leave a guest frozen.
@@ -33,7 +34,8 @@ The config is found at --config, $HYPEMAND_CONFIG, /etc/hypemand/config.toml,
 or ~/.config/hypemand/config.toml. Send the daemon SIGHUP to have edits taken
 up at once; otherwise that takes a few seconds. SIGTERM or SIGINT ends it.
 
-exit status: 0 done; 1 failed; 75 another daemon holds the state; 78 bad config
+exit status: 0 done; 1 failed; 2 wrong arguments; 75 another daemon holds the
+state; 78 bad config, or the state of a newer hypemand
 """
 
 
@@ -47,17 +49,49 @@ class CommandError(Exception):
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command, and exit."""
-    options = _parser().parse_args(arguments)
+    _open_missing_streams()
+    status = 128 + signal.SIGINT
     try:
-        status = options.command(options)
-        sys.stdout.flush()
+        status = _run_command(arguments)
+    except* KeyboardInterrupt:
+        pass
+    sys.exit(status)
+
+
+def _run_command(arguments: Sequence[str] | None) -> int:
+    try:
+        try:
+            options = _parser().parse_args(arguments)
+            status: int = options.command(options)
+        finally:
+            sys.stdout.flush()
     except CommandError as error:
         print(f"hypemand: {error}", file=sys.stderr)
-        status = error.status
+        return error.status
     except BrokenPipeError:  # the reader of a pipe has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = OK
-    sys.exit(status)
+        _drop_stdout()
+        return OK
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        _drop_stdout()
+        print(f"hypemand: output can't be written: {error.strerror}", file=sys.stderr)
+        return FAILED
+    return status
+
+
+def _open_missing_streams() -> None:
+    """Where a stream was closed by who started us: else the next file that is opened would take its place."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:
+                pass
+            setattr(sys, name, os.fdopen(opened, "r" if name == "stdin" else "w"))
+
+
+def _drop_stdout() -> None:
+    """Have what is still in its buffer written to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -126,28 +160,42 @@ def _tell_problems(path: Path, problems: "list[Problem]") -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    from hypemand.config_files import find_config
+    from hypemand.engine.reload import file_version
+
+    version = file_version(find_config(options.config))  # before it is read: what is edited after counts as edited
     path, config, problems = _load(options)
     if config is None:
         return _tell_problems(path, problems)
     import trio
 
-    from hypemand.daemon import run_daemon
+    from hypemand.daemon import StateUnusableError, run_daemon
     from hypemand.state.codec import NewerFormatError
     from hypemand.state.lock import LockHeldError
     from hypemand.surface.log import set_up_log
 
     set_up_log(config.log)
     try:
-        trio.run(partial(run_daemon, path, config), strict_exception_groups=True)
+        trio.run(run_daemon, path, version, config, strict_exception_groups=True)
     except* LockHeldError as held:
-        raise CommandError(f"{held.exceptions[0]}; stop that one first", LOCKED) from None
+        raise CommandError(f"{_first(held)}; stop that one first", LOCKED) from None
     except* NewerFormatError as newer:
-        raise CommandError(f"the state is that of a newer hypemand: {newer.exceptions[0]}", BAD_CONFIG) from None
+        raise CommandError(f"the state is that of a newer hypemand: {_first(newer)}", BAD_CONFIG) from None
+    except* StateUnusableError as unusable:
+        raise CommandError(f"{_first(unusable)}; see state_dir in {path}") from None
     return OK
+
+
+def _first(errors: BaseException) -> BaseException:
+    """The first error in *errors*, out of all the nurseries that have wrapped it."""
+    while isinstance(errors, BaseExceptionGroup):
+        errors = errors.exceptions[0]
+    return errors
 
 
 def _check_config(options: argparse.Namespace) -> int:
     path, config, problems = _load(options)
+    _log_trouble()
     warnings: list[str] = []
     if config is not None:
         import trio
@@ -176,15 +224,34 @@ def _check_config(options: argparse.Namespace) -> int:
 
 def _state(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem], State]":
     from hypemand.config_files import guess_state_dir
-    from hypemand.engine.clock import SystemClock
     from hypemand.surface.report import read_state
 
     path, config, problems = _load(options)
     state_dir = config.state_dir if config else guess_state_dir(path.read_bytes(), path.absolute().parent)
+    if config is None:
+        _warn([f"{path} is invalid; this is the state in {state_dir}"])
+    _log_trouble()
     try:
-        return path, config, problems, read_state(state_dir, SystemClock().now())
+        return path, config, problems, read_state(state_dir)
     except OSError as error:
-        raise CommandError(f"state can't be read: {error}; run this as the user that the daemon runs as") from None
+        raise _state_unreadable(error, state_dir) from None
+
+
+def _state_unreadable(error: OSError, state_dir: Path) -> CommandError:
+    hint = (
+        "run this as the user that the daemon runs as"
+        if isinstance(error, PermissionError)
+        else f"is {state_dir} the right state_dir?"
+    )
+    return CommandError(f"state can't be read: {error.filename or state_dir}: {error.strerror}; {hint}")
+
+
+def _log_trouble() -> None:
+    """Have what is wrong told on stderr: stdout is for the report."""
+    from hypemand.config import LogConfig, LogFormat, LogLevel
+    from hypemand.surface.log import set_up_log
+
+    set_up_log(LogConfig(LogLevel.WARNING, LogFormat.CONSOLE))
 
 
 def _look(options: argparse.Namespace) -> "tuple[Overview, list[str]]":
@@ -217,6 +284,8 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
+    from datetime import timedelta
+
     from hypemand.core.duration import parse_duration
     from hypemand.core.errors import RuleBroken
     from hypemand.engine.clock import SystemClock
@@ -227,7 +296,9 @@ def _plan(options: argparse.Namespace) -> int:
     try:
         within = parse_duration(options.within)
     except RuleBroken as error:
-        raise CommandError(f"--for {error}", os.EX_USAGE) from None
+        raise CommandError(f"--for {error}", MISUSED) from None
+    if within <= timedelta(0):
+        raise CommandError(f"--for {options.within!r} must be more than zero", MISUSED)
     overview, config_problems = _look(options)
     planned = planned_runs(overview, now=SystemClock().now(), within=within)
     _warn([*config_problems, *overview.problems, *overview.warnings])
@@ -290,9 +361,11 @@ def _recover(options: argparse.Namespace) -> int:
     try:
         result = trio.run(recover, config)
     except* NewerFormatError as newer:
-        raise CommandError(f"the state is that of a newer hypemand: {newer.exceptions[0]}", BAD_CONFIG) from None
-    except* OSError as error:
-        raise CommandError(f"state can't be read: {error.exceptions[0]}") from None
+        raise CommandError(f"the state is that of a newer hypemand: {_first(newer)}", BAD_CONFIG) from None
+    except* OSError as errors:
+        error = _first(errors)
+        assert isinstance(error, OSError)
+        raise _state_unreadable(error, config.state_dir) from None
     for line in result.left:
         print(f"hypemand: still open: {line}", file=sys.stderr)
     print(result.summary)

@@ -311,4 +311,8 @@ def config_warnings(config: Config) -> list[str]:
     ]
     if not config.schedules:
         warnings.append("schedules: there are none")
+    if config.api.listen is not None or config.api.socket is not None:
+        warnings.append("api: has no effect, this version serves no API yet")
+    if config.hooks != HooksConfig():
+        warnings.append("hooks: have no effect, this version runs none yet")
     return warnings

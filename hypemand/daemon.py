@@ -1,75 +1,147 @@
 """The daemon's process: state lock, signals, the config file, and the engine in between."""
 
 import signal
+from collections.abc import AsyncIterable
 from pathlib import Path
 
 import structlog
 import trio
-from attrs import frozen
+from attrs import define, field
 
 from hypemand import __version__
 from hypemand.backends import registry
 from hypemand.config import Config, config_warnings
 from hypemand.config_files import load_config
-from hypemand.core.errors import InvalidInput
+from hypemand.core.errors import HypemandError, InvalidInput
 from hypemand.core.structure import format_instant
-from hypemand.engine.engine import Engine, this_machine
+from hypemand.engine.engine import Engine, Outside, this_machine
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reload import watch_file
+from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
 from hypemand.surface.log import set_up_log
 
+CONFIG_PATIENCE_S = 30.0
 _log = structlog.get_logger()
 
 
-@frozen
+class StateUnusableError(HypemandError):
+    """The state directory can't be made, read or written."""
+
+
+@define
 class Daemon:
-    """A running daemon, between its config file and its engine."""
+    """A daemon, between its config file and its engine.
+
+    Attributes:
+        version: The config file's, of which *config* is the content.
+        life: Cancelled when it is told to stop while it still starts.
+    """
 
     config_path: Path
-    engine: Engine
+    version: Signature | None
+    config: Config
+    engine: Engine | None = field(init=False, default=None)
+    life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
+    _reloading: trio.Lock = field(init=False, factory=trio.Lock)
 
-    async def serve(self) -> None:
+    async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; what is under way gets its grace, a second signal cuts it short."""
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._obey_signals)
-            nursery.start_soon(watch_file, self.config_path, self._reload_edit)
-            await self.engine.serve()
-            nursery.cancel_scope.cancel()
-
-    async def _obey_signals(self) -> None:
+        # From the first moment on: a start may wait for `recover`, and a SIGHUP would end the process.
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            stopping = False
-            async for number in signals:
-                if number == signal.SIGHUP:
-                    await self._reload_all()
-                    continue
-                grace_s = 0.0 if stopping else self.engine.config.runs.shutdown_grace.total_seconds()
-                _log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._obey_signals, signals, nursery)
+                with self.life:
+                    await self._hold_state(nursery)
+                nursery.cancel_scope.cancel()
+        _log.info("stopped")
+
+    async def _hold_state(self, nursery: trio.Nursery) -> None:
+        outside = this_machine()
+        try:
+            lock = await take_lock(self.config.state_dir, "daemon", outside.disk)
+        except OSError as error:
+            raise self._unusable(error) from error
+        try:
+            async with trio.open_nursery() as background:
+                self.engine = await self._started(outside, background)
+                nursery.start_soon(self._watch)
+                await self.engine.serve()
+                background.cancel_scope.cancel()
+        finally:
+            lock.release()
+
+    async def _started(self, outside: Outside, background: trio.Nursery) -> Engine:
+        config = self.config
+        engine = Engine(config, new_fleet(config.state_dir), outside, background)
+        try:
+            await engine.load()
+        except OSError as error:
+            raise self._unusable(error) from error
+        _log.info("hypemand starts", version=__version__, config=str(self.config_path), state_dir=str(config.state_dir))
+        log_warnings(config)
+        await engine.start()
+        enabled = [schedule for schedule in engine.store.schedules.values() if schedule.settings.enabled]
+        for schedule in sorted(enabled, key=lambda s: s.next_run_at)[:10]:
+            _log.info("next run", instance_id=schedule.instance_id, at=format_instant(schedule.next_run_at))
+        return engine
+
+    def _unusable(self, error: OSError) -> StateUnusableError:
+        where = error.filename or self.config.state_dir
+        return StateUnusableError(f"state directory {self.config.state_dir} can't be used: {where}: {error.strerror}")
+
+    async def _obey_signals(self, signals: AsyncIterable[int], nursery: trio.Nursery) -> None:
+        stopping = False
+        async for number in signals:
+            if number == signal.SIGHUP:
+                # Not waited for: a SIGTERM behind it must not wait for a backend that hangs.
+                nursery.start_soon(self._reload_all)
+                continue
+            grace_s = 0.0 if stopping else self.config.runs.shutdown_grace.total_seconds()
+            _log.info("stopping", signal=signal.Signals(number).name, grace_s=grace_s)
+            if self.engine is None:
+                self.life.cancel()
+            else:
                 self.engine.stop(grace_s)
-                stopping = True
+            stopping = True
+
+    async def _watch(self) -> None:
+        await watch_file(self.config_path, self._reload_edit, known=self.version)
 
     async def _reload_all(self) -> None:
-        await self.engine.reread()
-        await self._reload_edit()
+        if self.engine is not None:
+            await self.engine.reread()
+            await self._reload_edit()
 
     async def _reload_edit(self) -> None:
+        async with self._reloading:
+            config = await self._read_config()
+            if config is not None:
+                await self._apply(config)
+
+    async def _read_config(self) -> Config | None:
         log = _log.bind(path=str(self.config_path))
         try:
-            config = await trio.to_thread.run_sync(load_config, self.config_path, registry.parse_settings)
+            with trio.fail_after(CONFIG_PATIENCE_S):
+                return await trio.to_thread.run_sync(
+                    load_config, self.config_path, registry.parse_settings, abandon_on_cancel=True
+                )
         except InvalidInput as error:
             for problem in error.problems:
                 log.error("invalid config; the one before stays in force", error=str(problem))
-            return
-        except OSError as error:
-            log.error("config unreadable; the one before stays in force", error=str(error))
-            return
-        if config.state_dir != self.engine.config.state_dir:
+        except (OSError, trio.TooSlowError) as error:
+            log.error("config unreadable; the one before stays in force", error=str(error) or "reading it hangs")
+        return None
+
+    async def _apply(self, config: Config) -> None:
+        assert self.engine is not None
+        if config.state_dir != self.engine.store.state_dir:
             _log.warning("a new state_dir takes a restart", state_dir=str(config.state_dir))
         set_up_log(config.log)
         log_warnings(config)
+        self.config = config
         await self.engine.apply_config(config)
-        log.info("config in force", schedules=len(self.engine.store.schedules))
+        _log.info("config in force", path=str(self.config_path), schedules=len(self.engine.store.schedules))
 
 
 def log_warnings(config: Config) -> None:
@@ -78,26 +150,15 @@ def log_warnings(config: Config) -> None:
         _log.warning("config", warning=warning)
 
 
-async def run_daemon(config_path: Path, config: Config) -> None:
+async def run_daemon(config_path: Path, version: Signature | None, config: Config) -> None:
     """Run the daemon until it is told to stop.
+
+    Args:
+        version: The config file's, from before *config* was read from it.
 
     Raises:
         LockHeldError: Another one runs on the same state.
         NewerFormatError: The state is that of a later version.
+        StateUnusableError: There is no state directory to be had.
     """
-    outside = this_machine()
-    lock = await take_lock(config.state_dir, "daemon", outside.disk)
-    try:
-        async with trio.open_nursery() as background:
-            engine = Engine(config, new_fleet(config.state_dir), outside, background)
-            await engine.load()
-            _log.info("hypemand starts", version=__version__, config=str(config_path), state_dir=str(config.state_dir))
-            log_warnings(config)
-            await engine.start()
-            for schedule in sorted(engine.store.schedules.values(), key=lambda s: s.next_run_at)[:10]:
-                _log.info("next run", instance_id=schedule.instance_id, at=format_instant(schedule.next_run_at))
-            await Daemon(config_path, engine).serve()
-            background.cancel_scope.cancel()
-        _log.info("stopped")
-    finally:
-        lock.release()
+    await Daemon(config_path, version, config).run()

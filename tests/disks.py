@@ -89,7 +89,7 @@ class FaultyDisk(InlineDisk):
         self.order: list[tuple[str, Path | int]] = []
         self._faults: dict[str, Fault] = {}
 
-    def fail(  # noqa: PLR0913 - each is a way to fail
+    def fail(
         self,
         operation: str,
         error: int | BaseException = errno.EIO,

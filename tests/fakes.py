@@ -81,6 +81,7 @@ class FakeBackend:
     Attributes:
         frozen: Instances that stand still now, by hypemand or in the hypervisor's own capture.
         calls: Every call with the time it was made, for asserting order and lateness.
+        marks: Whether it knows its own pauses from an operator's; else `settle` goes by *ours*.
         abandoned: Captures that go on in the hypervisor though their caller is gone.
     """
 
@@ -100,6 +101,7 @@ class FakeBackend:
     needed_bytes: int = 100
     taken_names: set[str] = field(factory=set)
     abandoned: dict[str, float] = field(factory=dict)
+    marks: bool = True
     unavailable: bool = False
     closed: bool = False
     settings: dict[str, Any] = field(factory=dict)
@@ -196,7 +198,7 @@ class FakeBackend:
         if self.abandoned.get(run.run_id, 0.0) > trio.current_time():
             raise BackendUnavailable("the hypervisor is still saving")
         machine = self._machine(run.instance_id)
-        resumed = machine.paused_by_us
+        resumed = machine.paused_by_us if self.marks else ours and machine.state is InstanceState.PAUSED
         if resumed:
             machine.state, machine.paused_by_us = InstanceState.RUNNING, False
             self._thaw(run.instance_id)

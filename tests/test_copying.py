@@ -41,7 +41,7 @@ def begun(target: Path) -> bool:
 
 async def eventually(condition: Callable[[], bool]) -> None:
     with trio.fail_after(10):
-        while not condition():  # noqa: ASYNC110 - a thread that was left behind sets no event
+        while not condition():
             await trio.sleep(0.01)
 
 

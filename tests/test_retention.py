@@ -99,7 +99,7 @@ def test_manual_snapshots_and_those_of_other_instances_never_expire(
         ({}, False),
     ],
 )
-def test_both_tags_make_a_snapshot_a_scheduled_one(tags: dict[str, str], scheduled: bool) -> None:  # noqa: FBT001
+def test_both_tags_make_a_snapshot_a_scheduled_one(tags: dict[str, str], scheduled: bool) -> None:
     snapshot = evolve(taken("a", NOW), tags=tags)
     assert scheduled_only(WEB, [snapshot]) == ((snapshot,) if scheduled else ())
 
@@ -252,6 +252,6 @@ def test_without_age_nothing_expires_by_age_and_all_else_stays(snapshots: list[S
 def test_the_schedule_of_a_gone_instance_ends_when_pruning_can_do_no_more(
     retention: Retention,
     left: int,
-    done: bool,  # noqa: FBT001
+    done: bool,
 ) -> None:
     assert outlived(hourly(left), retention) is done

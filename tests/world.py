@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import define, evolve, field
+from attrs import define, evolve
 
 from hypemand.backends.base import Backend
 from hypemand.config import BackendConfig, Config, RetentionEntry, RunsConfig, ScheduleEntry
@@ -18,22 +18,14 @@ from hypemand.engine.fleet import Fleet
 from hypemand.engine.limits import Patience
 from hypemand.state.files import Disk
 from hypemand.state.runlog import read_log
-from tests.disks import InlineDisk
+from tests.disks import UnsyncedDisk
 from tests.fakes import FakeBackend, FakeClock, FakeRoom
 
 BOOT_ID = "this-boot"
 
 
-class QuickDisk(InlineDisk):
-    """Inline, and without the syncs: for a week of runs."""
-
-    def sync(self, descriptor: int) -> None:
-        del descriptor
-
-
-def entry(instance: str, interval: str | timedelta = timedelta(hours=1), **more: Any) -> ScheduleEntry:
-    """A config entry; *interval* as a timedelta."""
-    assert isinstance(interval, timedelta)
+def entry(instance: str, interval: timedelta, **more: Any) -> ScheduleEntry:
+    """A config entry; the keys of its retention as arguments of their own."""
     count = more.pop("max_count", None)
     age = more.pop("max_age", None)
     return ScheduleEntry(instance=instance, interval=interval, retention=RetentionEntry(age, count), **more)
@@ -50,7 +42,6 @@ class World:
     backends: dict[str, FakeBackend]
     config: Config
     engine: Engine
-    numbers: Iterable[int] = field(factory=itertools.count)
 
     @property
     def backend(self) -> FakeBackend:
@@ -61,8 +52,8 @@ class World:
         return self.engine.store.schedules[InstanceId(instance)]
 
     def history(self, instance: str | None = None) -> list[RunFinished]:
-        found = read_log(self.state_dir, Disk()).finished(InstanceId(instance) if instance else None)
-        return found
+        """Finished lines, in the order of the log."""
+        return read_log(self.state_dir, Disk()).finished(InstanceId(instance) if instance else None)
 
     def outcomes(self, instance: str | None = None) -> list[str]:
         return [str(run.outcome) for run in self.history(instance)]
@@ -107,7 +98,7 @@ async def world(
         first.add(*(e.instance for e in entries if not e.is_pattern))
     config = config_of(tmp_path, entries, fakes, **runs)
     room = FakeRoom()
-    disk = disk or QuickDisk()
+    disk = disk or UnsyncedDisk()
     async with trio.open_nursery() as background:
         engine = Engine(config, _fleet(fakes), _outside(clock, disk, room), background)
         made = World(tmp_path, clock, room, disk, fakes, config, engine)

@@ -10,7 +10,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -178,7 +178,7 @@ class QemuBackend:
             try:
                 entry, freeze_s = await save(monitor, save_job(request.run_id), request.name, disks)
                 whole = completed(draft, entry)
-                await trio.to_thread.run_sync(self.catalog.write_manifest, whole)
+                await trio.to_thread.run_sync(self.catalog.write_manifest, whole, abandon_on_cancel=True)
             except (CaptureFailed, OSError) as error:
                 raise CaptureFailed(f"{error}{await self._undo(monitor, draft)}") from error
             await dismiss(monitor, save_job(request.run_id))
@@ -292,11 +292,17 @@ def _status(word: str) -> Status:
 
 
 async def _in_thread(function: Callable[..., T], *args: Any) -> T:
-    """Catalog work, not abandoned on cancellation: `settle` may come next, and must not meet it still at work."""
+    """Catalog work. Abandoned on cancellation: a filesystem that hangs must not hold up what has to go on."""
     try:
-        return await trio.to_thread.run_sync(function, *args)
+        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=_threads())
     except OSError as error:
         raise BackendUnavailable(f"the catalog can't be used: {error}") from error
+
+
+@cache
+def _threads() -> trio.CapacityLimiter:
+    """Threads of their own for catalogs: those that hang there leave the others to other work."""
+    return trio.CapacityLimiter(40)
 
 
 def _build(name: str, settings: QemuSettings, surroundings: Surroundings) -> QemuBackend:

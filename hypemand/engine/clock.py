@@ -105,8 +105,8 @@ class ClockWatch:
 
     def check(self, on_jump: Callable[[timedelta], None]) -> None:
         """Call *on_jump* with how far the wall clock jumped since the last check, if it did by more than 30 s."""
+        jump = self._since_last_look()
         wall, boot_s = self._clock.now(), self._clock.boot_s()
-        jump = (wall - self._wall) - timedelta(seconds=boot_s - self._boot_s)
         self._wall, self._boot_s = wall, boot_s
         if abs(jump) > JUMP:
             self.jumps += 1
@@ -118,6 +118,10 @@ class ClockWatch:
             )
             on_jump(jump)
 
+    def _since_last_look(self) -> timedelta:
+        """How far the wall clock has moved away from the boot-time clock since the last check."""
+        return (self._clock.now() - self._wall) - timedelta(seconds=self._clock.boot_s() - self._boot_s)
+
     def why_age_waits(self, interval: timedelta) -> str | None:
         """Why a schedule of *interval* must not prune by age now, or None when it may."""
         if self._clock.synchronised() is False:
@@ -128,6 +132,8 @@ class ClockWatch:
 
     def distrusted(self, since: timedelta) -> bool:
         """Whether the clock jumped, or was found wrong, less than *since* ago."""
+        if abs(self._since_last_look()) > JUMP:
+            return True  # just now; the next check will tell
         if self._suspect_since_s is None:
             return False
         return timedelta(seconds=self._clock.boot_s() - self._suspect_since_s) < since

@@ -16,7 +16,7 @@ from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
 from hypemand.engine.limits import Patience
 from hypemand.engine.pruning import Pruner
-from hypemand.engine.reconcile import Reconciler, discover
+from hypemand.engine.reconcile import Discovery, Reconciler, discover
 from hypemand.engine.recorder import Recorder
 from hypemand.engine.recovery import Recovery
 from hypemand.engine.runner import Means, Runner
@@ -30,6 +30,7 @@ from hypemand.state.runlog import LogContent, RunLog
 from hypemand.state.store import Store
 
 LAST_THAW_S = 5.0
+START_PATIENCE_S = 5.0
 _log = structlog.get_logger()
 
 
@@ -78,6 +79,7 @@ class Engine:
         self._outside = outside
         self._background = background
         self._applying = trio.Lock()
+        self._look_now = trio.Event()
         clock, patience = outside.clock, outside.patience
         self.give_up = trio.Event()
         self.watch = ClockWatch(clock)
@@ -96,7 +98,12 @@ class Engine:
         self._pruner = Pruner(clock, self.watch, patience)
         self.runner = Runner(self._means())
         self.scheduler = Scheduler(
-            clock=clock, watch=self.watch, store=self.store, runlog=self.runlog, runner=self.runner
+            clock=clock,
+            watch=self.watch,
+            store=self.store,
+            runlog=self.runlog,
+            runner=self.runner,
+            on_crash=lambda: background.start_soon(self._give_up_after, LAST_THAW_S),
         )
 
     def _means(self) -> Means:
@@ -146,10 +153,9 @@ class Engine:
         by_instance: dict[InstanceId, list[Line]] = {}
         for line in history.lines:
             by_instance.setdefault(line.instance_id, []).append(line)
-        now = self._outside.clock.now()
         for instance, lines in by_instance.items():
             schedule = self.store.schedules.get(instance)
-            if schedule is not None and (after := lay_over(schedule, lines, now)) != schedule:
+            if schedule is not None and (after := lay_over(schedule, lines)) != schedule:
                 self.store.hold(after)
 
     async def _used_backends(self, history: LogContent) -> frozenset[str]:
@@ -159,23 +165,56 @@ class Engine:
         return frozenset(of_schedules | {line.backend for line in history.started()})
 
     async def start(self) -> None:
-        """Open the backends, settle what a crash left behind, and bring the schedules in line with the config."""
-        await self._use_backends()
-        await self.recovery.settle_all()
-        await self._reconcile()
+        """Settle what a crash left behind, and bring the schedules in line with the config.
+
+        A hypervisor that hangs holds this up for a few seconds; what concerns
+        it then goes on while the others are served.
+        """
+        opened = self._use_backends()
+        with trio.move_on_after(START_PATIENCE_S):
+            await opened.wait()
+        with trio.move_on_after(START_PATIENCE_S):
+            await self.recovery.settle_all()
+        await self._reconcile(None)
+        with trio.move_on_after(START_PATIENCE_S) as looking:
+            await self._look()
+        if looking.cancelled_caught:
+            self._look_now.set()
         self._warn_of_clock()
 
-    async def _use_backends(self) -> None:
-        await self.fleet.apply(self.config.backends, used=self._used)
-        limits = {name: backend.concurrency for name, backend in self.config.backends.items()}
-        self.slots.resize(self.config.runs.concurrency, limits)
+    def _use_backends(self) -> trio.Event:
+        """Have the backends of the config in force; they are opened in the background.
 
-    async def _reconcile(self) -> frozenset[InstanceId]:
-        changed, problems = await self._reconciler.apply(self.config, await discover(self.fleet.backends))
-        for problem in problems:
-            if problem not in self.problems:
-                _log.error("schedule not made as the config wants it", error=problem)
-        self.problems = problems
+        Returns:
+            Set once each has been opened, or could not be.
+        """
+        backends = self.config.backends
+        limits = {name: backend.concurrency for name, backend in backends.items()}
+        self.slots.resize(self.config.runs.concurrency, limits)
+        self.fleet.have(backends)
+        opened = trio.Event()
+        self._background.start_soon(self._open_backends, opened)
+        return opened
+
+    async def _open_backends(self, opened: trio.Event) -> None:
+        captured = {s.backend for s in self.store.schedules.values() if s.backend and s.last_snapshot_id}
+        await self.fleet.open_all(used=self._used | captured)
+        opened.set()
+
+    async def _look(self) -> None:
+        """Ask the backends for their instances, and make the schedules that patterns want for them."""
+        discovery = await discover(self.fleet.backends)
+        for instance in await self._reconcile(discovery):
+            self.scheduler.refresh(instance)
+
+    async def _reconcile(self, discovery: Discovery | None) -> frozenset[InstanceId]:
+        async with self._applying:
+            changed, problems = await self._reconciler.apply(self.config, discovery or Discovery())
+        if discovery is not None:
+            for problem in problems:
+                if problem not in self.problems:
+                    _log.error("schedule not made as the config wants it", error=problem)
+            self.problems = problems
         return changed
 
     def _warn_of_clock(self) -> None:
@@ -214,12 +253,12 @@ class Engine:
         self.give_up.set()
 
     async def apply_config(self, config: Config) -> None:
-        """Put *config* in force, for all but its state directory."""
-        async with self._applying:
-            self.config = config
-            await self._use_backends()
-            for instance in await self._reconcile():
-                self.scheduler.refresh(instance)
+        """Put *config* in force, for all but its state directory. New instances of patterns follow."""
+        self.config = config
+        self._use_backends()
+        for instance in await self._reconcile(None):
+            self.scheduler.refresh(instance)
+        self._look_now.set()
 
     async def reread(self) -> None:
         """Take in schedule files that were edited by hand."""
@@ -243,13 +282,14 @@ class Engine:
 
     async def _keep_looking(self) -> None:
         while True:
-            await trio.sleep(self._outside.tempo.discover_s)
+            with trio.move_on_after(self._outside.tempo.discover_s) as waiting:
+                await self._look_now.wait()
+            self._look_now = trio.Event()
             if self.store.unreadable:
                 await self.reread()
-            if any(entry.is_pattern for entry in self.config.schedules):
-                async with self._applying:
-                    for instance in await self._reconcile():
-                        self.scheduler.refresh(instance)
+            self._use_backends()
+            if any(entry.is_pattern for entry in self.config.schedules) or not waiting.cancelled_caught:
+                await self._look()
 
     async def _keep_settling(self) -> None:
         tempo = self._outside.tempo
@@ -258,9 +298,12 @@ class Engine:
             self.recovery.handed_over = trio.Event()
             busy = frozenset(progress.run_id for progress in self.runner.active.values())
             left = await self.recovery.settle_all(busy)
-            pause_s = min(2 * pause_s, tempo.settle_most_s) if left else tempo.settle_first_s
-            with trio.move_on_after(pause_s if left else math.inf):
+            # What was handed over a moment ago may still be busy with its own run.
+            more = bool(left or self.recovery.reasons)
+            with trio.move_on_after(pause_s if more else math.inf):
                 await self.recovery.handed_over.wait()
+            waits = more and not self.recovery.is_urgent
+            pause_s = min(2 * pause_s, tempo.settle_most_s) if waits else tempo.settle_first_s
 
 
 def _newest_instant(history: LogContent, store: Store) -> datetime | None:

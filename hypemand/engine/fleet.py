@@ -15,6 +15,7 @@ from hypemand.config import BackendConfig
 from hypemand.core.errors import HypemandError
 
 OPEN_TIMEOUT_S = 30.0
+CLOSE_TIMEOUT_S = 5.0
 _log = structlog.get_logger()
 
 Connect = Callable[[str, Mapping[str, Any]], Backend]
@@ -33,6 +34,8 @@ class _Live:
     config: BackendConfig
     users: int = 0
     dropped: bool = False
+    open: bool = False
+    opening: bool = False
 
 
 class Fleet:
@@ -42,6 +45,7 @@ class Fleet:
         self._build = build
         self._connect = connect
         self._live: dict[str, _Live] = {}
+        self._dropped: list[_Live] = []
 
     @property
     def backends(self) -> dict[str, Backend]:
@@ -90,48 +94,62 @@ class Fleet:
         try:
             yield backend
         finally:
-            with trio.CancelScope(shield=True):
-                await backend.aclose()
+            await _close(backend)
 
-    async def apply(self, configs: Mapping[str, BackendConfig], *, used: Collection[str]) -> None:
-        """Have the backends of *configs*, opened; those whose table did not change stay as they are.
-
-        Args:
-            used: Names of backends through which something was captured before.
-        """
+    def have(self, configs: Mapping[str, BackendConfig]) -> None:
+        """Have the backends of *configs*, those whose table did not change as they are. Enough for looking."""
         for name in [*self._live]:
             if configs.get(name) != self._live[name].config:
                 live = self._live.pop(name)
                 live.dropped = True
-                await _close_if_done(live)
-        added = self.build(configs)
-        async with trio.open_nursery() as nursery:
-            for backend in added:
-                nursery.start_soon(self._open, backend, backend.name not in used)
-
-    def build(self, configs: Mapping[str, BackendConfig]) -> list[Backend]:
-        """Have the backends of *configs*, not opened, which is enough for looking; returns the new ones."""
-        added = [name for name in configs if name not in self._live]
-        for name in added:
+                self._dropped.append(live)
+        for name in configs.keys() - self._live.keys():
             self._live[name] = _Live(self._build(name, configs[name]), configs[name])
-        return [self._live[name].backend for name in added]
 
-    async def _open(self, backend: Backend, first_use: bool) -> None:  # noqa: FBT001 - start_soon takes no keywords
+    async def open_all(self, *, used: Collection[str]) -> None:
+        """Open the backends that are not open yet, all at once, and close those that `have` dropped.
+
+        Args:
+            used: Names of backends through which something was captured before.
+        """
+        async with trio.open_nursery() as nursery:
+            for live in self._live.values():
+                if not live.open and not live.opening:
+                    live.opening = True
+                    nursery.start_soon(self._open, live, live.backend.name not in used)
+            while self._dropped:
+                nursery.start_soon(_close_if_done, self._dropped.pop())
+
+    async def _open(self, live: _Live, first_use: bool) -> None:  # noqa: FBT001 - start_soon takes no keywords
+        backend = live.backend
         try:
             with trio.fail_after(OPEN_TIMEOUT_S):
                 await backend.open(first_use=first_use)
+            live.open = True
         except (BackendError, trio.TooSlowError) as error:
-            _log.error("backend not ready", backend=backend.name, error=str(error) or "no answer")
+            _log.error("backend not ready; trying again", backend=backend.name, error=str(error) or "no answer")
+        except Exception as error:  # noqa: BLE001 - a bug in one backend stops no other
+            _log.exception("internal error of a backend", backend=backend.name, error=str(error))
+        finally:
+            live.opening = False
 
     async def aclose(self) -> None:
         """Close every backend."""
-        await self.apply({}, used=())
+        self.have({})
+        await self.open_all(used=())
 
 
 async def _close_if_done(live: _Live) -> None:
     if live.dropped and live.users == 0:
-        with trio.CancelScope(shield=True):
-            await live.backend.aclose()
+        await _close(live.backend)
+
+
+async def _close(backend: Backend) -> None:
+    try:
+        with trio.move_on_after(CLOSE_TIMEOUT_S, shield=True):
+            await backend.aclose()
+    except Exception as error:  # noqa: BLE001 - it is not used again
+        _log.exception("internal error of a backend", backend=backend.name, error=str(error))
 
 
 def new_fleet(state_dir: Path) -> Fleet:

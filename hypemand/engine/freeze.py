@@ -9,7 +9,6 @@ from attrs import define, field, frozen
 
 from hypemand.backends.base import (
     Backend,
-    BackendError,
     Captured,
     CaptureFailed,
     CaptureRequest,
@@ -25,15 +24,35 @@ from hypemand.engine.slots import Slot
 _log = structlog.get_logger()
 
 
+TELL_EVERY = 20
+"""Of so many failed tries to resume a guest, one is logged."""
+THAW_WITHIN_S = 600.0
+"""How long past its budget a guest is tried to be resumed by its own run, before the recovery takes over."""
+_NOT_FROZEN = frozenset(
+    {
+        InstanceState.RUNNING,
+        InstanceState.STOPPED,
+        InstanceState.SHUTDOWN,
+        InstanceState.STANDBY,
+        InstanceState.CREATED,
+    }
+)
+
+
 class StillFrozenError(HypemandError):
-    """The guest could not be resumed before hypemand had to stop. The run stays open for the next one to settle."""
+    """The guest could not be resumed in time. The run stays open, to be settled."""
 
 
 @define
 class FreezeRecord:
-    """What a freeze came to: how long, and what went wrong with the resume."""
+    """What a freeze came to: how long, and what went wrong with the resume.
+
+    Attributes:
+        pause_unclear: The pause got no answer; it may still take hold after the resume.
+    """
 
     freeze_s: float | None = None
+    pause_unclear: bool = False
     capture_s: float | None = None
     thaw_failures: list[str] = field(factory=list)
 
@@ -88,18 +107,27 @@ class Freeze:
     async def _frozen_capture(self, request: CaptureRequest, slot: Slot) -> Captured:
         if not self.steps.pauses:
             return await self._timed_capture(request, self.budget.capture_timeout_s)
+        await self._check_running()
         began = trio.current_time()
         try:
-            await answer(
-                "pause",
-                min(self.patience.answer_s, self.budget.max_freeze_s),
-                lambda: self.backend.pause(self.instance),
-            )
+            await self._pause()
             return await self._timed_capture(request, self._time_left(began))
         finally:
             with trio.CancelScope(shield=True):
-                await self._thaw(slot)
+                await self._thaw(slot, began)
             self.record.freeze_s = trio.current_time() - began
+
+    async def _check_running(self) -> None:
+        """Look once more, right before the pause: a pause by an operator would be undone as if it were ours."""
+        status = await answer("state", self.patience.answer_s, lambda: self.backend.state(self.instance))
+        if status.state is not InstanceState.RUNNING:
+            raise CaptureFailed(f"instance is {status.state} now, it was Running when its run began")
+
+    async def _pause(self) -> None:
+        within_s = min(self.patience.answer_s, self.budget.max_freeze_s)
+        self.record.pause_unclear = True
+        await answer("pause", within_s, lambda: self.backend.pause(self.instance))
+        self.record.pause_unclear = False
 
     def _time_left(self, began: float) -> float:
         if not self.backend.capabilities.abortable:
@@ -117,20 +145,22 @@ class Freeze:
         limit = "freeze budget" if within_s < self.budget.capture_timeout_s else "runs.capture_timeout"
         raise CaptureFailed(f"capture took longer than its {limit} allows and was stopped after {within_s:.1f} s")
 
-    async def _thaw(self, slot: Slot) -> None:
+    async def _thaw(self, slot: Slot, began: float) -> None:
         pause_s = self.patience.thaw_first_s
+        until = began + self.budget.max_freeze_s + THAW_WITHIN_S
         while (failure := await self._try_resume()) is not None:
-            self.record.thaw_failures.append(failure)
             slot.release()
-            _log.error("guest not resumed; trying again", instance_id=self.instance, error=failure)
-            if self.give_up.is_set():
-                raise StillFrozenError(f"the guest is still frozen, resume failed: {failure}")
+            if len(self.record.thaw_failures) % TELL_EVERY == 0:
+                _log.error("guest not resumed; trying again", instance_id=self.instance, error=failure)
+            self.record.thaw_failures.append(failure)
+            if self.give_up.is_set() or trio.current_time() > until:
+                raise StillFrozenError(f"the guest may still be frozen, resume failed: {failure}")
             with trio.move_on_after(pause_s):
                 await self.give_up.wait()
             pause_s = min(2 * pause_s, self.patience.thaw_most_s)
 
     async def _try_resume(self) -> str | None:
-        """Resume once; None when the guest runs, or there is nothing left to resume."""
+        """Resume once. None when the guest runs or there is nothing to resume; raises nothing but cancellation."""
         try:
             await answer("resume", self.patience.answer_s, lambda: self.backend.resume(self.instance))
         except InstanceNotFound:
@@ -146,9 +176,9 @@ class Freeze:
             status = await answer("state", self.patience.answer_s, lambda: self.backend.state(self.instance))
         except InstanceNotFound:
             return None
-        except BackendError as unknown:
+        except Exception as unknown:  # noqa: BLE001 - the same
             return f"{error}; {unknown}"
-        return error if status.state is InstanceState.PAUSED else None
+        return None if status.state in _NOT_FROZEN else f"{error}; instance is {status.state}"
 
 
 async def _release_later(slot: Slot, after_s: float, timer: trio.CancelScope) -> None:

@@ -50,21 +50,24 @@ class GoneWatch:
         if schedule is not None and schedule.gone_since_at is not None:
             await self._recorder.put(evolve(schedule, gone_since_at=None))
 
-    async def not_found(self, backend: Backend, instance: InstanceId) -> PruneResult:
-        """The hypervisor says that there is no *instance*. What was pruned because of that, nothing as a rule."""
+    async def not_found(self, backend: Backend, instance: InstanceId, result: PruneResult) -> None:
+        """The hypervisor says that there is no *instance*: remember since when, and prune once that is certain.
+
+        Args:
+            result: Takes what is pruned.
+        """
         schedule = self._store.schedules.get(instance)
         if schedule is None:
-            return PruneResult()
+            return
         now = self._clock.now()
         if schedule.gone_since_at is None or schedule.gone_since_at > now:
             await self._recorder.put(evolve(schedule, gone_since_at=now))
-            return PruneResult()
-        if now - schedule.gone_since_at < CERTAIN_AFTER or self._watch.distrusted(CERTAIN_AFTER):
-            return PruneResult()
-        result = await self._pruner.prune(backend, schedule, protected=())
+            return
+        if now - schedule.gone_since_at < CERTAIN_AFTER or self._watch.why_age_waits(CERTAIN_AFTER):
+            return
+        await self._pruner.prune(backend, schedule, protected=(), result=result)
         if not result.errors and outlived(result.left, schedule.retention):
             await self._end(schedule)
-        return result
 
     async def _end(self, schedule: Schedule) -> None:
         if schedule.managed_by is ManagedBy.CONFIG:
@@ -74,5 +77,8 @@ class GoneWatch:
             instance_id=schedule.instance_id,
             gone_since=format_instant(schedule.gone_since_at) if schedule.gone_since_at else None,
         )
-        await self._store.remove(schedule.instance_id)
+        try:
+            await self._store.remove(schedule.instance_id)
+        except OSError as error:
+            _log.error("schedule not removed", instance_id=schedule.instance_id, error=str(error))
         self._on_removed(schedule.instance_id)

@@ -1,7 +1,6 @@
 """Time limits on what a hypervisor is asked, and on how failures before a freeze are tried again."""
 
 from collections.abc import Awaitable, Callable
-from datetime import timedelta
 from typing import TypeVar
 
 import trio
@@ -10,8 +9,6 @@ from attrs import frozen
 from hypemand.backends.base import BackendUnavailable
 
 T = TypeVar("T")
-
-RETRY_DELAYS = (timedelta(minutes=1), timedelta(minutes=5), timedelta(minutes=15))
 
 
 @frozen
@@ -27,7 +24,7 @@ class Patience:
     answer_s: float = 10.0
     settle_s: float = 10.0
     thaw_first_s: float = 0.1
-    thaw_most_s: float = 5.0
+    thaw_most_s: float = 0.5
 
 
 async def answer(what: str, within_s: float, ask: Callable[[], Awaitable[T]]) -> T:
@@ -39,13 +36,3 @@ async def answer(what: str, within_s: float, ask: Callable[[], Awaitable[T]]) ->
     with trio.move_on_after(within_s):
         return await ask()
     raise BackendUnavailable(f"the hypervisor did not answer within {within_s:g} s ({what})")
-
-
-def retry_delays(interval: timedelta) -> tuple[timedelta, ...]:
-    """Waits between the tries of one run: 1, 5 and 15 minutes, together no more than a quarter of *interval*."""
-    delays: list[timedelta] = []
-    for delay in RETRY_DELAYS:
-        if sum(delays, delay) > interval / 4:
-            break
-        delays.append(delay)
-    return tuple(delays)

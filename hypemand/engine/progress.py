@@ -4,8 +4,9 @@ from datetime import datetime
 
 from attrs import define, field
 
-from hypemand.core.model import InstanceId, Outcome, Pruned, RunFinished, RunStarted, Snapshot, Trigger
+from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Snapshot, Trigger
 from hypemand.engine.freeze import FreezeRecord
+from hypemand.engine.pruning import PruneResult
 
 
 @define
@@ -20,7 +21,7 @@ class Progress:
     started: RunStarted | None = None
     freeze: FreezeRecord = field(factory=FreezeRecord)
     snapshot: Snapshot | None = None
-    pruned: tuple[Pruned, ...] = ()
+    pruning: PruneResult = field(factory=PruneResult)
     outcome: Outcome = Outcome.SUCCEEDED
     notes: list[str] = field(factory=list)
 
@@ -32,7 +33,7 @@ class Progress:
 
     def finished(self, instance: InstanceId, now: datetime) -> RunFinished:
         """The line for the history."""
-        notes = [*self.notes, *([note] if (note := self.freeze.thaw_note()) else [])]
+        notes = [*self.notes, self.pruning.note(), self.freeze.thaw_note()]
         started_at = self.started.started_at if self.started else self.began_at
         return RunFinished(
             run_id=self.run_id,
@@ -49,8 +50,8 @@ class Progress:
             capture_s=_rounded(self.freeze.capture_s),
             late_s=round((started_at - self.due_at).total_seconds(), 6),
             missed=self.missed,
-            pruned=self.pruned,
-            error="; ".join(notes) or None,
+            pruned=tuple(self.pruning.pruned),
+            error="; ".join(note for note in notes if note) or None,
         )
 
 

@@ -38,27 +38,28 @@ class Pruner:
         self._watch = watch
         self._patience = patience
 
-    async def prune(self, backend: Backend, schedule: Schedule, protected: Collection[str]) -> PruneResult:
+    async def prune(
+        self, backend: Backend, schedule: Schedule, protected: Collection[str], result: PruneResult
+    ) -> None:
         """Delete the scheduled snapshots that *schedule* no longer keeps, oldest first.
 
         A failure keeps the others from nothing.
 
         Args:
             protected: Ids that stay whatever the retention says.
+            result: Takes what is done, as it is done: a cancellation must not lose it.
         """
-        result = PruneResult()
         instance = schedule.instance_id
         try:
             listed = await answer("list", self._patience.answer_s, lambda: backend.list_snapshots(instance))
         except BackendError as error:
             result.errors.append(f"snapshots can't be listed: {error}")
-            return result
+            return
         snapshots = scheduled_only(instance, listed)
         for expired in self._expired(schedule, snapshots, protected):
             await self._delete(backend, expired, result)
         gone = {pruned.snapshot_id for pruned in result.pruned}
         result.left = [snapshot for snapshot in snapshots if snapshot.id not in gone]
-        return result
 
     def _expired(
         self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]

@@ -47,6 +47,9 @@ async def discover(backends: Mapping[str, Backend]) -> Discovery:
             found.instances[name] = await answer("instances", DISCOVERY_TIMEOUT_S, backend.instances)
         except BackendError as error:
             found.errors[name] = str(error)
+        except Exception as error:  # noqa: BLE001 - a bug in one backend stops no other
+            _log.exception("internal error of a backend", backend=name)
+            found.errors[name] = f"internal error: {error!r}"
 
     async with trio.open_nursery() as nursery:
         for name, backend in backends.items():
@@ -115,6 +118,8 @@ class Reconciler:
                 problems.append(
                     f"schedules: {instance!r} has a schedule made over the API; delete that one, or this entry"
                 )
+            elif instance in self._store.unreadable_instances:
+                problems.append(f"schedules: the file of {instance!r} can't be read; it is neither made anew nor run")
             elif await self._upsert(instance, entry, backend, present):
                 changed.add(instance)
         for schedule in [*self._store.schedules.values()]:
@@ -131,8 +136,8 @@ class Reconciler:
         before = present or retired
         if before is not None:
             after = updated(before, entry, backend, now, zone)
-            if present is None and after.next_run_at <= now:
-                after = evolve(after, next_run_at=next_slot(after.next_run_at, after.interval, now).next_run_at)
+            if present is None:
+                after = _put_back(after, now)
         else:
             after = created(instance, entry, backend, now, zone)
             if instance in self._store.set_aside:
@@ -140,10 +145,16 @@ class Reconciler:
         if after == present:
             return False
         await self._recorder.put(after)
-        if retired is not None:
-            await self._store.forget_retired(instance)
+        if retired is not None and instance not in self._store.unsaved:
+            await self._forget_retired(instance)
         _log.info("schedule changed" if before else "schedule made", instance_id=instance, backend=backend)
         return True
+
+    async def _forget_retired(self, instance: InstanceId) -> None:
+        try:
+            await self._store.forget_retired(instance)
+        except OSError as error:  # the file in force comes first at the next start, too
+            _log.error("retired file not removed", instance_id=instance, error=str(error))
 
     def _with_history(self, schedule: Schedule) -> Schedule:
         """*schedule*, made anew for a file that was set aside, with what the run log still knows of it."""
@@ -159,6 +170,14 @@ class Reconciler:
         except OSError as error:
             _log.error("retired schedule not moved", instance_id=instance, error=str(error))
         _log.info("schedule retired; its snapshots stay", instance_id=instance)
+
+
+def _put_back(schedule: Schedule, now: datetime) -> Schedule:
+    """*schedule*, in force again after a while: at the next slot of its grid, and its instance not yet missed."""
+    next_run_at = schedule.next_run_at
+    if next_run_at <= now:
+        next_run_at = next_slot(next_run_at, schedule.interval, now).next_run_at
+    return evolve(schedule, next_run_at=next_run_at, gone_since_at=None)
 
 
 def created(instance: InstanceId, entry: ScheduleEntry, backend: str, now: datetime, zone: tzinfo) -> Schedule:
@@ -201,9 +220,10 @@ def updated(schedule: Schedule, entry: ScheduleEntry, backend: str, now: datetim
     next_run_at = schedule.next_run_at
     if entry.interval != schedule.interval or new_first_run:
         next_run_at = first_run(schedule.instance_id, entry.interval, now=now, wanted=entry.first_run, zone=zone)
-    elif settings.enabled and not schedule.settings.enabled and next_run_at <= now:
-        next_run_at = next_slot(next_run_at, schedule.interval, now).next_run_at
-    return evolve(after, updated_at=now, next_run_at=next_run_at)
+    after = evolve(after, updated_at=now, next_run_at=next_run_at)
+    if settings.enabled and not schedule.settings.enabled:
+        return _put_back(after, now)
+    return after if backend == schedule.backend else evolve(after, gone_since_at=None)
 
 
 def _settings(entry: ScheduleEntry, before: Settings) -> Settings:

@@ -2,7 +2,9 @@
 
 import structlog
 import trio
+from attrs import evolve
 
+from hypemand.core.cadence import reanchor
 from hypemand.core.model import Outcome, RunFinished, Schedule, Trigger
 from hypemand.core.structure import format_instant
 from hypemand.engine.clock import Clock
@@ -40,9 +42,24 @@ class Recorder:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         schedule = self._store.schedules.get(run.instance_id)
         if schedule is not None:
-            if trigger is Trigger.SCHEDULE:
-                schedule = advanced(schedule, run, self._clock.now())
-            await self.put(with_outcome(schedule, run))
+            await self.put(self._after(schedule, run, trigger))
+        else:
+            await self._record_retired(run, trigger)
+
+    def _after(self, schedule: Schedule, run: RunFinished, trigger: Trigger) -> Schedule:
+        if trigger is Trigger.SCHEDULE:
+            schedule = advanced(schedule, run)
+            schedule = evolve(schedule, next_run_at=reanchor(schedule, self._clock.now()))
+        return with_outcome(schedule, run)
+
+    async def _record_retired(self, run: RunFinished, trigger: Trigger) -> None:
+        """A schedule that was taken out during its run has it in its file when it is put back."""
+        try:
+            retired = await self._store.read_retired(run.instance_id)
+            if retired is not None:
+                await self._store.put_retired(self._after(retired, run, trigger))
+        except OSError as error:
+            _log.error("retired schedule not written", instance_id=run.instance_id, error=str(error))
 
     async def put(self, schedule: Schedule) -> None:
         """Write *schedule*; where that fails it is in force, and written later."""

@@ -8,7 +8,7 @@ from attrs import define, field
 
 from hypemand.backends.base import BackendError, Settled
 from hypemand.core.errors import InvalidInput
-from hypemand.core.model import Outcome, RunFinished, RunStarted
+from hypemand.core.model import Freezer, Outcome, RunFinished, RunStarted
 from hypemand.engine.clock import Clock
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.limits import Patience, answer
@@ -32,12 +32,19 @@ class Recovery:
     patience: Patience
     boot_id: str
     reasons: dict[str, str] = field(factory=dict)
+    thawed: set[str] = field(factory=set)
     settling: set[str] = field(factory=set)
     handed_over: trio.Event = field(factory=trio.Event)
 
-    def hand_over(self, run: RunStarted, reason: str) -> None:
-        """Take charge of *run*, which a runner had to leave open because of *reason*."""
+    def hand_over(self, run: RunStarted, reason: str, thawed: bool) -> None:  # noqa: FBT001 - said once, by the runner
+        """Take charge of *run*, which a runner had to leave open because of *reason*.
+
+        Args:
+            thawed: Its guest was resumed; a pause that is found later is somebody else's.
+        """
         self.reasons[run.run_id] = reason
+        if thawed:
+            self.thawed.add(run.run_id)
         self.handed_over.set()
 
     async def settle_all(self, busy: frozenset[str] = frozenset()) -> list[str]:
@@ -62,6 +69,7 @@ class Recovery:
             with trio.CancelScope(shield=True):
                 await self.recorder.finished(self._interrupted(run, settled), run.trigger)
             self.reasons.pop(run.run_id, None)
+            self.thawed.discard(run.run_id)
         except (BackendError, InvalidInput, OSError) as error:
             self._log_open(run, str(error))
             left.append(f"{run.instance_id}: run {run.run_id} of {run.started_at:%Y-%m-%d %H:%M:%S} UTC: {error}")
@@ -79,8 +87,15 @@ class Recovery:
         assert settled is not None
         return settled
 
+    @property
+    def is_urgent(self) -> bool:
+        """Whether a guest may stand still because of an open run."""
+        return any(run.freezes is Freezer.ENGINE and self.is_ours(run) for run in self.runlog.open_runs)
+
     def is_ours(self, run: RunStarted) -> bool:
         """Whether a pause that is found now can only be that of *run*."""
+        if run.run_id in self.thawed:
+            return False
         if run.boot_id and run.boot_id == self.boot_id:
             return True
         deadline = run.started_at + timedelta(seconds=run.max_freeze_s)

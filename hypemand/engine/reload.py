@@ -18,14 +18,26 @@ class Tempo:
     longest_s: float = 10.0
 
 
-async def watch_file(path: Path, on_edit: Callable[[], Awaitable[None]], tempo: Tempo | None = None) -> None:
+NOT_KNOWN = Signature(0, 0, 0)
+
+
+async def watch_file(
+    path: Path,
+    on_edit: Callable[[], Awaitable[None]],
+    tempo: Tempo | None = None,
+    known: Signature | None = NOT_KNOWN,
+) -> None:
     """Call *on_edit* each time that *path* was changed, replaced, made or removed, once that is over.
 
     An edit is over when the file has not changed for a while: an editor may
     empty it first, and write it in pieces.
+
+    Args:
+        known: The version that counts as not changed; left out, the one that is there now.
     """
     tempo = tempo or Tempo()
-    known = await _signature(path)
+    if known == NOT_KNOWN:
+        known = await _signature(path)
     while True:
         await trio.sleep(tempo.poll_s)
         seen = await _signature(path)
@@ -47,7 +59,13 @@ async def _until_quiet(path: Path, seen: Signature | None, tempo: Tempo) -> Sign
 
 
 async def _signature(path: Path) -> Signature | None:
+    # Abandoned, so that a filesystem that hangs does not hold up the end of hypemand.
+    return await trio.to_thread.run_sync(file_version, path, abandon_on_cancel=True)
+
+
+def file_version(path: Path) -> Signature | None:
+    """Which version of *path* is there now; None where there is none. Blocking."""
     try:
-        return Signature.of(await trio.Path(path).stat())
+        return Signature.of(path.stat())
     except OSError:
         return None

@@ -26,16 +26,18 @@ from hypemand.engine.clock import Clock
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.freeze import Budget, Freeze, StillFrozenError
 from hypemand.engine.gone import GoneWatch
-from hypemand.engine.limits import Patience, answer, retry_delays
+from hypemand.engine.limits import Patience, answer
 from hypemand.engine.progress import Progress
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.recorder import Recorder
 from hypemand.engine.slots import Slot, Slots
 from hypemand.engine.space import Space
+from hypemand.state.replay import advanced
 from hypemand.state.runlog import RunLog
 from hypemand.state.store import Store
 
 T = TypeVar("T")
+RETRY_WAITS_S = (60.0, 300.0, 900.0)
 _log = structlog.get_logger()
 
 
@@ -46,7 +48,7 @@ class Means:
     Attributes:
         limits: The table ``[runs]`` in force.
         give_up: Set when hypemand has to end; what is then still being retried is left to the next start.
-        hand_over: Takes an open run that could not be settled, and why it needs to be.
+        hand_over: Takes an open run that could not be settled, why it needs to be, and whether its guest runs.
         background: For timers; outlives the runs.
     """
 
@@ -64,7 +66,7 @@ class Means:
     new_id: Callable[[], str]
     boot_id: str
     give_up: trio.Event
-    hand_over: Callable[[RunStarted, str], None]
+    hand_over: Callable[[RunStarted, str, bool], None]
     background: trio.Nursery
 
 
@@ -75,6 +77,10 @@ class Found:
     state: InstanceState
     steps: Steps
     taken_names: Collection[str]
+
+
+class WithdrawnError(HypemandError):
+    """The schedule was taken out or disabled while its run waited to begin."""
 
 
 class Runner:
@@ -125,9 +131,9 @@ class Runner:
 
     async def _run_on(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
         try:
-            await self._perform(backend, schedule, progress)
+            await self._perform_or_find_gone(backend, schedule, progress)
         except trio.Cancelled:
-            if progress.started is None:
+            if progress.started is None and not progress.pruning.pruned:
                 raise
             progress.end(Outcome.INTERRUPTED, "hypemand was stopped during the run")
             with trio.CancelScope(shield=True):
@@ -135,11 +141,12 @@ class Runner:
             raise
         except StillFrozenError as error:
             _log.critical("guest left frozen", instance_id=schedule.instance_id, error=str(error))
+            progress.notes.append(str(error))
+            with trio.CancelScope(shield=True):
+                await self._leave_open(schedule, progress, thawed=False)
             return None
-        except InstanceNotFound as error:
-            progress.end(Outcome.FAILED, str(error))
-            pruning = await self._means.gone.not_found(backend, schedule.instance_id)
-            progress.pruned = tuple(pruning.pruned)
+        except WithdrawnError as error:
+            progress.end(Outcome.SKIPPED, str(error))
         except (HypemandError, OSError) as error:
             progress.end(Outcome.FAILED, str(error) or type(error).__name__)
         except Exception as error:  # noqa: BLE001 - the boundary of a run: a bug in one stops no other
@@ -150,15 +157,24 @@ class Runner:
             finished = await self._conclude(backend, schedule, progress)
         return finished
 
+    async def _perform_or_find_gone(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
+        try:
+            await self._perform(backend, schedule, progress)
+        except InstanceNotFound as error:
+            progress.end(Outcome.FAILED, str(error))
+        else:
+            return
+        await self._means.gone.not_found(backend, schedule.instance_id, progress.pruning)
+
     async def _perform(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
-        """Try until the started line is written, or the failure is not one that passes."""
-        for delay in retry_delays(schedule.interval):
+        """Try until the started line is written, the failure is not one that passes, or it is too late."""
+        too_late = trio.current_time() + schedule.interval.total_seconds() / 4
+        for wait_s in RETRY_WAITS_S:
             try:
                 return await self._attempt(backend, schedule, progress)
             except BackendUnavailable as error:
-                if progress.started is not None:
+                if progress.started is not None or trio.current_time() + wait_s > too_late:
                     raise
-                wait_s = delay.total_seconds()
                 _log.warning(
                     "run can't start yet; trying again",
                     instance_id=schedule.instance_id,
@@ -172,9 +188,10 @@ class Runner:
     async def _attempt(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
         means = self._means
         # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
-        await self._inspect(backend, schedule)
+        await self._inspect(backend, self._current(schedule))
         async with means.slots.take(backend.name) as slot:
-            # ... and again after the wait, for an operator may have paused the guest meanwhile.
+            # ... and again after the wait, for much may have changed meanwhile.
+            schedule = self._current(schedule)
             status, steps = await self._inspect(backend, schedule)
             room = await self._ask("prepare", lambda: backend.prepare(schedule.instance_id, steps.kind))
             async with means.space.reserve(room.path, room.needed_bytes, means.limits().min_free):
@@ -207,6 +224,15 @@ class Runner:
         )
         await means.runlog.append(started)
         progress.started = started
+        current = means.store.schedules.get(schedule.instance_id)
+        if current is not None and own_slot:
+            means.store.remember(advanced(current, started))
+
+    def _current(self, schedule: Schedule) -> Schedule:
+        current = self._means.store.schedules.get(schedule.instance_id)
+        if current is None or not current.settings.enabled:
+            raise WithdrawnError("the schedule was taken out or disabled before its run began")
+        return current
 
     async def _inspect(self, backend: Backend, schedule: Schedule) -> tuple[Status, Steps]:
         status = await self._ask("state", lambda: backend.state(schedule.instance_id))
@@ -239,31 +265,35 @@ class Runner:
             record=progress.freeze,
         )
         captured = await freeze.capture(request, slot, means.background)
-        slot.release_overall()
-        await backend.publish(captured.snapshot)
+        slot.release()
+        limit_s = means.limits().capture_timeout.total_seconds()
+        await answer("publish", limit_s, lambda: backend.publish(captured.snapshot))
         progress.snapshot = captured.snapshot
 
     async def _prune(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
         assert progress.snapshot is not None
-        current = self._means.store.schedules.get(schedule.instance_id, schedule)
-        protected = {progress.snapshot.id, current.last_snapshot_id or ""}
-        result = await self._means.pruner.prune(backend, current, protected)
-        progress.pruned = tuple(result.pruned)
-        if (note := result.note()) is not None:
-            progress.notes.append(note)
+        current = self._means.store.schedules.get(schedule.instance_id)
+        if current is not None:  # of a schedule that was taken out meanwhile all snapshots stay
+            protected = {progress.snapshot.id, current.last_snapshot_id or ""}
+            await self._means.pruner.prune(backend, current, protected, progress.pruning)
 
     async def _conclude(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
         if progress.started is not None and progress.snapshot is None:
             settled = await self._settle(backend, progress, progress.started)
             if not settled:
-                await self._left_open(schedule, progress, progress.started)
+                await self._leave_open(schedule, progress, thawed=not progress.freeze.pause_unclear)
                 return None
         return await self._record(schedule, progress)
 
     async def _settle(self, backend: Backend, progress: Progress, started: RunStarted) -> bool:
-        """Clear up after a capture that went wrong; the guest runs already, so no pause found now is ours."""
+        """Clear up after a capture that went wrong.
+
+        The guest runs already, so no pause that is found now is ours, but for
+        one that got no answer and took hold late.
+        """
+        ours = progress.freeze.pause_unclear
         try:
-            settled = await answer("settle", self._means.patience.settle_s, lambda: backend.settle(started, ours=False))
+            settled = await answer("settle", self._means.patience.settle_s, lambda: backend.settle(started, ours=ours))
         except Exception as error:  # noqa: BLE001 - whatever it is, the run stays open and is tried again
             progress.notes.append(f"what it left behind is not cleared up yet: {error}")
             return False
@@ -272,9 +302,11 @@ class Runner:
             progress.notes.append("its snapshot was complete and is kept")
         return True
 
-    async def _left_open(self, schedule: Schedule, progress: Progress, started: RunStarted) -> None:
+    async def _leave_open(self, schedule: Schedule, progress: Progress, *, thawed: bool) -> None:
+        """Hand the run to the recovery. *thawed*: the guest runs, and no pause that is found later is ours."""
+        assert progress.started is not None
         reason = "; ".join(progress.notes)
-        self._means.hand_over(started, reason)
+        self._means.hand_over(progress.started, reason, thawed)
         _log.error(
             "run left open until its hypervisor answers",
             instance_id=schedule.instance_id,
@@ -283,7 +315,8 @@ class Runner:
         )
         current = self._means.store.schedules.get(schedule.instance_id)
         if current is not None:
-            await self._means.recorder.put(evolve(current, last_run_at=started.started_at, last_error=reason))
+            last = evolve(current, last_run_at=progress.started.started_at, last_error=reason)
+            await self._means.recorder.put(last)
 
     async def _record(self, schedule: Schedule, progress: Progress) -> RunFinished:
         finished = progress.finished(schedule.instance_id, self._means.clock.now())

@@ -2,6 +2,7 @@
 
 import heapq
 import itertools
+from collections.abc import Callable
 from datetime import datetime, timedelta
 
 import structlog
@@ -39,7 +40,17 @@ class _Running:
 class Scheduler:
     """Starts runs when they are due. Reads schedules from the store; call `refresh` when one changed."""
 
-    def __init__(self, *, clock: Clock, watch: ClockWatch, store: Store, runlog: RunLog, runner: Runner) -> None:
+    def __init__(
+        self,
+        *,
+        clock: Clock,
+        watch: ClockWatch,
+        store: Store,
+        runlog: RunLog,
+        runner: Runner,
+        on_crash: Callable[[], None],
+    ) -> None:
+        self._on_crash = on_crash
         self._clock = clock
         self._watch = watch
         self._store = store
@@ -49,6 +60,7 @@ class Scheduler:
         self._newest: dict[InstanceId, int] = {}
         self._numbers = itertools.count()
         self._running: dict[InstanceId, _Running] = {}
+        self._begun: dict[InstanceId, datetime] = {}
         self._wake = trio.Event()
         self._stopping = False
         self._runs: trio.Nursery | None = None
@@ -67,9 +79,13 @@ class Scheduler:
         self._reanchor_all()
         self._load(concurrency)
         async with trio.open_nursery() as self._runs:
-            while not self._stopping:
-                self._watch.check(self._on_jump)
-                await self._sleep(self._start_due(self._runs))
+            try:
+                while not self._stopping:
+                    self._watch.check(self._on_jump)
+                    await self._sleep(self._start_due(self._runs))
+            except BaseException:
+                self._on_crash()  # guests that can't be resumed must not keep a dead engine alive
+                raise
 
     def stop(self, grace_s: float) -> None:
         """Start nothing more. Runs that have begun get *grace_s* to finish, those that wait end now.
@@ -93,11 +109,17 @@ class Scheduler:
         if schedule is None or not schedule.settings.enabled:
             return
         due_at = schedule.next_run_at
-        running = self._running.get(instance)
-        if running is not None and due_at <= running.due_at:
-            due_at = next_slot(running.due_at, schedule.interval, self._clock.now()).next_run_at
+        begun = self._begun.get(instance)
+        if begun is not None and due_at <= begun:
+            due_at = self._following(schedule, begun)
         self._push(instance, due_at, due_at)
         self._wake.set()
+
+    def _following(self, schedule: Schedule, due_at: datetime) -> datetime:
+        """The slot after *due_at*, no further away than an interval also when that was of a wrong clock."""
+        now = self._clock.now()
+        slot = next_slot(due_at, schedule.interval, now)
+        return reanchor(evolve(schedule, next_run_at=slot.next_run_at), now)
 
     def _push(self, instance: InstanceId, start_at: datetime, due_at: datetime) -> None:
         number = next(self._numbers)
@@ -139,8 +161,11 @@ class Scheduler:
         self._wake = trio.Event()
 
     def _start(self, entry: _Entry, runs: trio.Nursery) -> None:
-        schedule = self._store.schedules[entry.instance]
-        following = next_slot(entry.due_at, schedule.interval, self._clock.now()).next_run_at
+        schedule = self._store.schedules.get(entry.instance)
+        if schedule is None or not schedule.settings.enabled:
+            return  # taken out a moment ago; `refresh` is about to be told
+        self._begun[entry.instance] = entry.due_at
+        following = self._following(schedule, entry.due_at)
         self._push(entry.instance, following, following)
         why = self._why_skipped(entry.instance)
         if why is not None:
@@ -168,7 +193,10 @@ class Scheduler:
 
     def _on_jump(self, jump: timedelta) -> None:
         del jump  # backwards it leaves slots too far ahead; forwards they are due, which needs nothing
+        self._begun.clear()
         self._reanchor_all()
+        for instance in self._store.schedules:
+            self.refresh(instance)
 
     def _reanchor_all(self) -> None:
         now = self._clock.now()

@@ -7,7 +7,7 @@ import trio
 
 
 class Slot:
-    """A place among the runs of a backend, and one among all. Either may be given back before the run is over."""
+    """A place among the runs of a backend, and one among all; given back once no guest stands still for the run."""
 
     def __init__(self, backend: trio.CapacityLimiter, overall: trio.CapacityLimiter) -> None:
         self._limiters = {"backend": backend, "overall": overall}
@@ -19,19 +19,11 @@ class Slot:
             await limiter.acquire_on_behalf_of(self)
             self._held.add(name)
 
-    def release_overall(self) -> None:
-        """No guest stands still for this run any more: let the next run in. Idempotent."""
-        self._release("overall")
-
     def release(self) -> None:
-        """Give both places back. Idempotent."""
-        self._release("overall")
-        self._release("backend")
-
-    def _release(self, name: str) -> None:
-        if name in self._held:
-            self._held.discard(name)
+        """Let the next run in. Idempotent."""
+        for name in self._held:
             self._limiters[name].release_on_behalf_of(self)
+        self._held.clear()
 
 
 class Slots:

@@ -11,6 +11,9 @@ from attrs import frozen
 
 from hypemand.core.errors import HypemandError
 from hypemand.core.size import format_size
+from hypemand.engine.limits import answer
+
+MEASURE_S = 10.0
 
 
 class NoRoomError(HypemandError):
@@ -55,7 +58,7 @@ class Space:
         if path is None:
             yield
             return
-        filesystem = await self._measure(path)
+        filesystem = await answer("free space", MEASURE_S, lambda: self._measure(path))
         promised = self._reserved[filesystem.id]
         if filesystem.free_bytes - promised - needed < min_free:
             others = f", {format_size(promised)} are promised to captures under way" if promised else ""

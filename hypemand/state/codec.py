@@ -76,7 +76,7 @@ def decode_line(data: bytes) -> Line:
     """
     document = _json_object(data)
     event = document.pop("event", None)
-    if event not in _LINE_TYPES:
+    if not isinstance(event, str) or event not in _LINE_TYPES:
         raise InvalidInput([Problem("event", f"{event!r} must be one of " + ", ".join(_LINE_TYPES))])
     return structure(_LINES, document, _LINE_TYPES[event])
 

@@ -1,7 +1,6 @@
 """The run log laid over a schedule: what a crash kept from the schedule's own file."""
 
 from collections.abc import Iterable
-from datetime import datetime
 
 from attrs import evolve
 
@@ -10,37 +9,39 @@ from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Sc
 from hypemand.state.codec import Line
 
 
-def lay_over(schedule: Schedule, lines: Iterable[Line], now: datetime) -> Schedule:
+def lay_over(schedule: Schedule, lines: Iterable[Line]) -> Schedule:
     """*schedule* with what *lines* say later than it does.
 
     Args:
         lines: Those of its instance, in the order of the log. Lines from
             before the schedule was made belong to an earlier one.
-        now: Aware UTC; the next slot lies after it.
     """
     for line in lines:
         if line.started_at >= schedule.created_at:
-            schedule = _lay_line(schedule, line, now)
+            schedule = _lay_line(schedule, line)
     return schedule
 
 
-def _lay_line(schedule: Schedule, line: Line, now: datetime) -> Schedule:
-    schedule = advanced(schedule, line, now)
-    if isinstance(line, RunStarted) or (schedule.last_run_at and schedule.last_run_at >= line.started_at):
+def _lay_line(schedule: Schedule, line: Line) -> Schedule:
+    schedule = advanced(schedule, line)
+    if isinstance(line, RunStarted) or (schedule.last_run_at and schedule.last_run_at > line.started_at):
         return schedule
     return with_outcome(schedule, line)
 
 
-def advanced(schedule: Schedule, line: Line, now: datetime) -> Schedule:
-    """*schedule* with its next slot after *now*, if *line* says that the present one has been used.
+def advanced(schedule: Schedule, line: Line) -> Schedule:
+    """*schedule* with its slot after that of *line*, if its present one is used up by that.
 
-    A slot that is skipped while the run of an earlier one still waits to begin uses only itself up.
+    Slots that came due since then are not passed over: one of them is still to
+    be run. A slot that is skipped while the run of an earlier one waits to
+    begin uses up only itself.
     """
     skipped = isinstance(line, RunFinished) and line.outcome is Outcome.SKIPPED
     used = schedule.next_run_at == line.due_at if skipped else schedule.next_run_at <= line.due_at
     if not used:
         return schedule
-    return evolve(schedule, next_run_at=next_slot(line.due_at, schedule.interval, now).next_run_at)
+    as_of = line.finished_at if isinstance(line, RunFinished) else line.started_at
+    return evolve(schedule, next_run_at=next_slot(line.due_at, schedule.interval, as_of).next_run_at)
 
 
 def with_outcome(schedule: Schedule, run: RunFinished) -> Schedule:

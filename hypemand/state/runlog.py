@@ -115,6 +115,7 @@ class _Batch:
     """Lines that are made durable together."""
 
     lines: list[Line] = field(factory=list)
+    data: list[bytes] = field(factory=list)
     done: bool = False
     error: OSError | None = None
 
@@ -176,8 +177,10 @@ class RunLog:
         Raises:
             OSError: The line is not in the log; what was written of it is cut off again.
         """
+        data = encode_line(line)  # a line that can't be is nobody else's trouble
         batch = self._batch
         batch.lines.append(line)
+        batch.data.append(data)
         with trio.CancelScope(shield=True):
             async with self._turn:
                 if not batch.done:
@@ -188,7 +191,7 @@ class RunLog:
 
     async def _commit(self, batch: _Batch) -> None:
         try:
-            await self._disk.call(self._write, b"".join(encode_line(line) for line in batch.lines))
+            await self._disk.call(self._write, b"".join(batch.data))
         except OSError as error:
             batch.error = error
         else:

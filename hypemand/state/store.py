@@ -62,6 +62,11 @@ class Store:
         return MappingProxyType(self._schedules)
 
     @property
+    def unreadable_instances(self) -> frozenset[str]:
+        """Instances whose file is there, but can't be read."""
+        return frozenset(bad.path.stem for bad in self.unreadable)
+
+    @property
     def directory(self) -> Path:
         """Where the schedule files are."""
         return self.state_dir / "schedules"
@@ -177,13 +182,17 @@ class Store:
     async def _drop_if_removed(self, instance: InstanceId, known: Mapping[InstanceId, Signature]) -> None:
         if not self._changed_since(instance, known):
             async with self._lock(instance):
-                if not await self._disk.call(self._path(instance).exists):
+                if await self._disk.call(_is_gone, self._path(instance)):
                     self._forget(instance)
 
     def hold(self, schedule: Schedule) -> None:
         """Make *schedule* the one in force at once; `save_unsaved` writes it."""
         self._take(schedule)
         self.has_unsaved.set()
+
+    def remember(self, schedule: Schedule) -> None:
+        """Make *schedule* the one in force. The run log has what is new in it; the file follows with the next put."""
+        self._schedules[schedule.instance_id] = schedule
 
     def _take(self, schedule: Schedule) -> None:
         self._schedules[schedule.instance_id] = schedule
@@ -243,16 +252,14 @@ class Store:
 
         An earlier one there that can't be read is set aside.
         """
-        unsaved = self._schedules.get(instance) if instance in self.unsaved else None
+        schedule = self._schedules[instance]
         self._forget(instance)
         target = self.retired_directory / f"{instance}.json"
 
         def move() -> None:
-            if unsaved is None:
-                self._disk.rename(self._path(instance), target)
-            else:
-                self._disk.replace(target, encode_schedule(unsaved))
-                self._disk.remove(self._path(instance))
+            # From memory: the file may lag behind.
+            self._disk.replace(target, encode_schedule(schedule))
+            self._disk.remove(self._path(instance))
 
         async with self._lock(instance):
             if await self._disk.call(target.exists) and await self.read_retired(instance) is None:
@@ -270,6 +277,12 @@ class Store:
         except (OSError, InvalidInput, NewerFormatError) as error:
             _log.error("retired schedule unreadable; starting anew", path=str(path), error=str(error))
             return None
+
+    async def put_retired(self, schedule: Schedule) -> None:
+        """Rewrite the file of a retired schedule."""
+        path = self.retired_directory / f"{schedule.instance_id}.json"
+        async with self._lock(schedule.instance_id):
+            await self._disk.call(self._disk.replace, path, encode_schedule(schedule))
 
     async def all_retired(self) -> list[Schedule]:
         """Every retired schedule that can be read."""
@@ -325,6 +338,16 @@ def _scan_one(path: Path, disk: Disk, known: Mapping[InstanceId, Signature], sca
         return  # removed a moment ago
     except OSError as error:
         scan.unreadable.append(BadFile(path, str(error)))
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        pass  # nothing is known
+    return False
 
 
 def quarantine_notes(state_dir: Path) -> Iterable[str]:

@@ -5,7 +5,6 @@ from attrs import define, field
 from hypemand.config import Config
 from hypemand.core.errors import Problem
 from hypemand.core.model import ManagedBy
-from hypemand.engine.clock import SystemClock
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
 from hypemand.surface.report import State, read_state
@@ -23,13 +22,13 @@ async def check_backends(config: Config) -> Findings:
     """Ask the backends of *config* for their instances, and compare with its schedules. Changes nothing."""
     findings = Findings()
     fleet = new_fleet(config.state_dir)
-    fleet.build(config.backends)
+    fleet.have(config.backends)
     try:
         discovery = await discover(fleet.backends)
     finally:
         await fleet.aclose()
     try:
-        state = read_state(config.state_dir, SystemClock().now())
+        state = read_state(config.state_dir)
     except OSError as error:
         findings.problems.append(Problem("state_dir", f"can't be read: {error}"))
         return findings

@@ -8,12 +8,13 @@ import atexit
 import contextlib
 import json
 import logging
+import os
 import queue
 import re
 import sys
 import threading
 from collections.abc import Callable, MutableMapping
-from typing import Any, TextIO
+from typing import Any, Protocol
 
 import orjson
 import structlog
@@ -25,10 +26,36 @@ _FLUSH_S = 2.0
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
+class Stream(Protocol):
+    """What lines are written to."""
+
+    def write(self, text: str, /) -> object:
+        """Write *text*."""
+
+    def flush(self) -> object:
+        """Write what `write` kept back."""
+
+
+class _Stderr:
+    """The process's stderr, without Python's buffer in front of it.
+
+    What is stuck in that, or was left in it for a reader that is gone, would
+    hold up the end of the process or spoil its exit status.
+    """
+
+    def write(self, text: str) -> None:
+        data = text.encode(errors="backslashreplace")
+        while data:
+            data = data[os.write(2, data) :]
+
+    def flush(self) -> None:
+        """There is nothing kept back."""
+
+
 class LineWriter:
     """Writes lines to a stream from a thread; never blocks and never raises in the caller."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Stream) -> None:
         self._stream = stream
         self._lines: queue.Queue[str | None] = queue.Queue(QUEUE_LINES)
         self._lost = 0
@@ -89,7 +116,7 @@ def set_up_log(config: LogConfig) -> None:
     """Log as *config* says, from now on; may be called again."""
     global _writer  # noqa: PLW0603 - the process has one log
     if _writer is None:
-        _writer = LineWriter(sys.stderr)
+        _writer = LineWriter(_Stderr() if sys.stderr is sys.__stderr__ else sys.stderr)
         atexit.register(_writer.close)
     logger = _Logger(_writer)
     for_people = config.format is LogFormat.CONSOLE or (config.format is LogFormat.AUTO and sys.stderr.isatty())

@@ -1,7 +1,6 @@
 """What an operator asks, answered from the state files and the backends. Changes nothing."""
 
 from collections.abc import Collection
-from datetime import datetime
 from pathlib import Path
 
 import trio
@@ -37,7 +36,7 @@ class State:
     quarantine: tuple[str, ...]
 
 
-def read_state(state_dir: Path, now: datetime) -> State:
+def read_state(state_dir: Path) -> State:
     """Read the state in *state_dir*. Blocking; also beside a running daemon.
 
     Raises:
@@ -48,7 +47,7 @@ def read_state(state_dir: Path, now: datetime) -> State:
     log = read_log(state_dir, disk)
     schedules = {}
     for instance, (schedule, _) in scan.schedules.items():
-        schedules[instance] = lay_over(schedule, [line for line in log.lines if line.instance_id == instance], now)
+        schedules[instance] = lay_over(schedule, [line for line in log.lines if line.instance_id == instance])
     return State(
         state_dir=state_dir,
         owner=lock_owner(state_dir),
@@ -91,7 +90,7 @@ class Overview:
 async def look_offline(state: State, config: Config | None, only: str | None) -> Overview:
     """`look`, with backends of its own; *config* is None where it is invalid."""
     fleet = new_fleet(state.state_dir)
-    fleet.build(config.backends if config else {})
+    fleet.have(config.backends if config else {})
     try:
         return await look(state, config, fleet, SystemClock(), only)
     finally:
