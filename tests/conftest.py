@@ -1,22 +1,30 @@
 """Set up for every test."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import structlog
+import structlog.testing
 from hypothesis import settings
+from structlog.typing import EventDict
 
+# A busy machine is no bug, and 60 examples a promise keep the suite quick.
 settings.register_profile("hypemand", deadline=None, max_examples=60)
 settings.load_profile("hypemand")
 
 
 @pytest.fixture(autouse=True)
 def quiet_log() -> Iterator[None]:
-    """Nothing is logged, unless the test sets the log up or captures it; rendering would take most of the time."""
-    structlog.configure(processors=[_drop], wrapper_class=structlog.make_filtering_bound_logger(0))
+    """Only critical things are logged, unless a test sets the log up itself: rendering would take most of the time."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield
     structlog.reset_defaults()
 
 
-def _drop(*_: object) -> str:
-    raise structlog.DropEvent
+@pytest.fixture
+def heard_log(quiet_log: None) -> Iterator[list[EventDict]]:
+    """What is logged during the test, of every level."""
+    with structlog.testing.capture_logs() as heard:
+        structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG))
+        yield heard

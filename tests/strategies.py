@@ -4,17 +4,12 @@ from datetime import UTC, datetime, timedelta
 from string import ascii_letters, ascii_lowercase, digits
 from typing import Any
 
-import hypothesis
 from attrs import fields_dict
 from hypothesis import strategies as st
 
 from hypemand.core.cadence import MIN_INTERVAL
 from hypemand.core.model import InstanceId, ManagedBy, Retention, Schedule, Settings, Snapshot, SnapshotKind
 from hypemand.core.naming import PREFIX_MAX, TAG_KEY_MAX, TAG_VALUE_MAX, scheduled_tags
-
-# A busy machine is no bug, and 60 examples a promise keep the suite quick.
-hypothesis.settings.register_profile("hypemand", deadline=None, max_examples=60)
-hypothesis.settings.load_profile("hypemand")
 
 NOW = datetime(2026, 3, 9, 1, tzinfo=UTC)
 """The present of tests that need just one."""

@@ -8,7 +8,7 @@ import pytest
 from attrs import evolve
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from structlog.testing import capture_logs
+from structlog.typing import EventDict
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.catalog import FORMAT, MANIFEST, MARKER, Catalog, Manifest
@@ -87,12 +87,13 @@ def test_a_manifest_is_read_as_it_was_written_with_keys_that_are_not_known(
     catalog.delete(manifest.instance_id, manifest.id)
 
 
-def test_a_snapshot_is_listed_with_its_payload_once_it_is_published(catalog: Catalog) -> None:
+def test_a_snapshot_is_listed_with_its_payload_once_it_is_published(
+    catalog: Catalog, heard_log: list[EventDict]
+) -> None:
     partial = drafted(catalog, manifest_of())
-    with capture_logs() as logs:
-        assert ids(catalog) == []
-        assert catalog.find(WEB, "run-1") is None
-    assert logs == []
+    assert ids(catalog) == []
+    assert catalog.find(WEB, "run-1") is None
+    assert heard_log == []
     catalog.publish(WEB, "run-1")
     assert catalog.manifests(WEB) == [manifest_of()]
     assert (catalog.root / WEB / "run-1" / "disk").read_bytes() == b"bytes"
@@ -134,13 +135,14 @@ def test_snapshots_of_another_instance_are_not_listed(catalog: Catalog) -> None:
         orjson.dumps({"id": 1, "instance_id": "../up", "created_at": "yesterday"}),
     ],
 )
-def test_a_damaged_manifest_is_passed_over_and_its_snapshot_left_alone(catalog: Catalog, damage: bytes) -> None:
+def test_a_damaged_manifest_is_passed_over_and_its_snapshot_left_alone(
+    catalog: Catalog, damage: bytes, heard_log: list[EventDict]
+) -> None:
     damaged = published(catalog, "damaged")
     (damaged / MANIFEST).write_bytes(damage)
     published(catalog, "whole", NOW + timedelta(hours=1))
-    with capture_logs() as logs:
-        assert ids(catalog) == ["whole"]
-    assert [(entry["log_level"], entry["path"]) for entry in logs] == [("error", str(damaged))]
+    assert ids(catalog) == ["whole"]
+    assert [(entry["log_level"], entry["path"]) for entry in heard_log] == [("error", str(damaged))]
     assert catalog.find(WEB, "damaged") is None
     catalog.delete(WEB, "whole")
     catalog.discard(WEB, "damaged")
