@@ -1,22 +1,15 @@
-"""The command line. Each command imports what it needs alone, so that ``--help`` is quick."""
+"""The command line: arguments, help, streams and exit status. What the commands do is in `commands`."""
 
 import argparse
 import errno
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
-from hypemand import __version__
-
-if TYPE_CHECKING:
-    from hypemand.config import Config
-    from hypemand.core.errors import Problem
-    from hypemand.surface.report import Overview, State
-
-OK, FAILED, MISUSED, LOCKED, BAD_CONFIG = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
+from hypemand import __version__, commands
+from hypemand.commands import FAILED, OK, CommandError
 
 _ABOUT = """\
 Periodic snapshots of virtual machines that never leave a guest frozen.
@@ -37,14 +30,6 @@ up at once; otherwise that takes a few seconds. SIGTERM or SIGINT ends it.
 exit status: 0 done; 1 failed; 2 wrong arguments; 75 another daemon holds the
 state; 78 bad config, or the state of a newer hypemand
 """
-
-
-class CommandError(Exception):
-    """A command can't go on: one line for stderr that says what to do next, and an exit status."""
-
-    def __init__(self, message: str, status: int = FAILED) -> None:
-        self.status = status
-        super().__init__(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -102,23 +87,25 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"hypemand {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.add_argument("-c", "--config", metavar="FILE", help="the config file")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], about: str, more: str = "") -> Any:
-        sub = commands.add_parser(name, help=about, description=f"{about}. {more}".strip())
-        sub.add_argument("-c", "--config", metavar="FILE", help="the config file")
+    def add(name: str, command: commands.Command, about: str, more: str = "") -> Any:
+        sub = subparsers.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}. {more}".strip())
+        # Here and above, so that it may stand on either side of the command.
+        sub.add_argument("-c", "--config", metavar="FILE", default=argparse.SUPPRESS, help="the config file")
         sub.set_defaults(command=command)
         return sub
 
-    add("run", _run, "run the daemon in the foreground", "The log goes to stderr.")
-    check = add("check-config", _check_config, "check the config and its backends, and list every problem")
-    status = add("status", _status, "show each instance: state, next and last run, snapshots kept, errors")
-    plan = add("plan", _plan, "show what will run and what will be pruned, and why")
-    snapshots = add("snapshots", _snapshots, "list the scheduled snapshots that are kept")
-    history = add("history", _history, "list the runs, newest last")
+    add("run", commands.run, "run the daemon in the foreground", "The log goes to stderr.")
+    check = add("check-config", commands.check_config, "check the config and its backends, and list every problem")
+    status = add("status", commands.status, "show each instance: state, next and last run, snapshots kept, errors")
+    plan = add("plan", commands.plan, "show what will run and what will be pruned, and why")
+    snapshots = add("snapshots", commands.snapshots, "list the scheduled snapshots that are kept")
+    history = add("history", commands.history, "list the runs, newest last")
     add(
         "recover",
-        _recover,
+        commands.recover,
         "settle runs that a crash left open, so that every guest runs",
         "Beside a living daemon there is nothing to do: it settles them itself.",
     )
@@ -130,254 +117,3 @@ def _parser() -> argparse.ArgumentParser:
         "--for", dest="within", default="24h", metavar="DURATION", help="how far to look ahead, like 12h or 168h (24h)"
     )
     return parser
-
-
-def _load(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem]]":
-    """The config file, its content if it is valid, and its problems."""
-    from hypemand.backends.registry import parse_settings
-    from hypemand.config_files import find_config, load_config
-    from hypemand.core.errors import InvalidInput
-
-    path = find_config(options.config)
-    try:
-        return path, load_config(path, parse_settings), []
-    except InvalidInput as error:
-        return path, None, list(error.problems)
-    except OSError as error:
-        hint = (
-            "; name one with --config, or copy config.example.toml there"
-            if isinstance(error, FileNotFoundError)
-            else ""
-        )
-        raise CommandError(f"config {path} can't be read: {error.strerror}{hint}", BAD_CONFIG) from None
-
-
-def _tell_problems(path: Path, problems: "list[Problem]") -> int:
-    for problem in problems:
-        print(f"{path}: {problem}", file=sys.stderr)
-    print(f"hypemand: {len(problems)} problem{'s' * (len(problems) != 1)} in {path}", file=sys.stderr)
-    return BAD_CONFIG
-
-
-def _run(options: argparse.Namespace) -> int:
-    from hypemand.config_files import find_config
-    from hypemand.engine.reload import file_version
-
-    version = file_version(find_config(options.config))  # before it is read: what is edited after counts as edited
-    path, config, problems = _load(options)
-    if config is None:
-        return _tell_problems(path, problems)
-    import trio
-
-    from hypemand.daemon import StateUnusableError, run_daemon
-    from hypemand.state.codec import NewerFormatError
-    from hypemand.state.lock import LockHeldError
-    from hypemand.surface.log import set_up_log
-
-    set_up_log(config.log)
-    try:
-        trio.run(run_daemon, path, version, config, strict_exception_groups=True)
-    except* LockHeldError as held:
-        raise CommandError(f"{_first(held)}; stop that one first", LOCKED) from None
-    except* NewerFormatError as newer:
-        raise CommandError(f"the state is that of a newer hypemand: {_first(newer)}", BAD_CONFIG) from None
-    except* StateUnusableError as unusable:
-        raise CommandError(f"{_first(unusable)}; see state_dir in {path}") from None
-    return OK
-
-
-def _first(errors: BaseException) -> BaseException:
-    """The first error in *errors*, out of all the nurseries that have wrapped it."""
-    while isinstance(errors, BaseExceptionGroup):
-        errors = errors.exceptions[0]
-    return errors
-
-
-def _check_config(options: argparse.Namespace) -> int:
-    path, config, problems = _load(options)
-    _log_trouble()
-    warnings: list[str] = []
-    if config is not None:
-        import trio
-
-        from hypemand.config import config_warnings
-        from hypemand.surface.checks import check_backends
-
-        found = trio.run(check_backends, config)
-        problems, warnings = found.problems, [*config_warnings(config), *found.warnings]
-    if options.json:
-        _print_json(
-            {
-                "config": str(path),
-                "problems": [{"path": p.path, "message": p.message} for p in problems],
-                "warnings": warnings,
-            }
-        )
-        return BAD_CONFIG if problems else OK
-    for warning in warnings:
-        print(f"{path}: warning: {warning}", file=sys.stderr)
-    if problems or config is None:
-        return _tell_problems(path, problems)
-    print(f"{path}: valid; {len(config.backends)} backends, {len(config.schedules)} schedules")
-    return OK
-
-
-def _state(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem], State]":
-    from hypemand.config_files import guess_state_dir
-    from hypemand.surface.report import read_state
-
-    path, config, problems = _load(options)
-    state_dir = config.state_dir if config else guess_state_dir(path.read_bytes(), path.absolute().parent)
-    if config is None:
-        _warn([f"{path} is invalid; this is the state in {state_dir}"])
-    _log_trouble()
-    try:
-        return path, config, problems, read_state(state_dir)
-    except OSError as error:
-        raise _state_unreadable(error, state_dir) from None
-
-
-def _state_unreadable(error: OSError, state_dir: Path) -> CommandError:
-    hint = (
-        "run this as the user that the daemon runs as"
-        if isinstance(error, PermissionError)
-        else f"is {state_dir} the right state_dir?"
-    )
-    return CommandError(f"state can't be read: {error.filename or state_dir}: {error.strerror}; {hint}")
-
-
-def _log_trouble() -> None:
-    """Have what is wrong told on stderr: stdout is for the report."""
-    from hypemand.config import LogConfig, LogFormat, LogLevel
-    from hypemand.surface.log import set_up_log
-
-    set_up_log(LogConfig(LogLevel.WARNING, LogFormat.CONSOLE))
-
-
-def _look(options: argparse.Namespace) -> "tuple[Overview, list[str]]":
-    """Everything about the instances, and the config's problems."""
-    import trio
-
-    from hypemand.surface.report import look_offline
-
-    path, config, problems, state = _state(options)
-    overview = trio.run(look_offline, state, config, options.instance)
-    if options.instance is not None and not overview.instances:
-        raise CommandError(f"no schedule and no backend knows an instance {options.instance!r}; see: hypemand status")
-    return overview, [f"{path}: {problem}" for problem in problems]
-
-
-def _status(options: argparse.Namespace) -> int:
-    from hypemand.engine.clock import SystemClock
-    from hypemand.surface.documents import overview_document
-    from hypemand.surface.render import show, status_notes, status_table
-
-    overview, config_problems = _look(options)
-    now = SystemClock().now()
-    if options.json:
-        _print_json(overview_document(overview, config_problems, now))
-        return OK
-    show(status_table(overview, now))
-    for note in status_notes(overview, config_problems):
-        print(note, file=sys.stderr)
-    return OK
-
-
-def _plan(options: argparse.Namespace) -> int:
-    from datetime import timedelta
-
-    from hypemand.core.duration import parse_duration
-    from hypemand.core.errors import RuleBroken
-    from hypemand.engine.clock import SystemClock
-    from hypemand.surface.documents import planned_document
-    from hypemand.surface.plan import planned_runs
-    from hypemand.surface.render import plan_table, show
-
-    try:
-        within = parse_duration(options.within)
-    except RuleBroken as error:
-        raise CommandError(f"--for {error}", MISUSED) from None
-    if within <= timedelta(0):
-        raise CommandError(f"--for {options.within!r} must be more than zero", MISUSED)
-    overview, config_problems = _look(options)
-    planned = planned_runs(overview, now=SystemClock().now(), within=within)
-    _warn([*config_problems, *overview.problems, *overview.warnings])
-    if options.json:
-        _print_json([planned_document(view, run) for view, run in planned])
-    else:
-        show(plan_table(planned))
-    return OK
-
-
-def _snapshots(options: argparse.Namespace) -> int:
-    from hypemand.engine.clock import SystemClock
-    from hypemand.surface.documents import snapshot_document
-    from hypemand.surface.render import show, snapshots_table
-
-    overview, config_problems = _look(options)
-    unknown = [
-        f"{v.instance_id}: snapshots can't be listed: {v.trouble}" for v in overview.instances if v.snapshots is None
-    ]
-    _warn([*config_problems, *overview.problems, *unknown])
-    listed = [snapshot for view in overview.instances for snapshot in view.snapshots or ()]
-    if options.json:
-        _print_json([snapshot_document(snapshot) for snapshot in listed])
-    else:
-        show(snapshots_table(listed, SystemClock().now()))
-    return FAILED if unknown and options.instance else OK
-
-
-def _history(options: argparse.Namespace) -> int:
-    from hypemand.surface.documents import run_document
-    from hypemand.surface.render import history_table, show
-
-    path, _, problems, state = _state(options)
-    runs = state.log.finished(options.instance)
-    if options.instance and not runs and options.instance not in state.schedules:
-        raise CommandError(f"no run and no schedule of an instance {options.instance!r}; see: hypemand status")
-    _warn([*(f"{path}: {problem}" for problem in problems), *state.log.damaged])
-    if options.json:
-        _print_json([run_document(run) for run in runs])
-    else:
-        show(history_table(runs))
-    return OK
-
-
-def _recover(options: argparse.Namespace) -> int:
-    import trio
-
-    from hypemand.engine.offline import recover
-    from hypemand.state.codec import NewerFormatError
-    from hypemand.surface.log import set_up_log
-
-    path, config, problems = _load(options)
-    if config is None:
-        from hypemand.config import Config
-        from hypemand.config_files import guess_state_dir
-
-        _tell_problems(path, problems)  # but guests may be frozen: the run log has all that is needed to thaw them
-        config = Config(guess_state_dir(path.read_bytes(), path.absolute().parent))
-    set_up_log(config.log)
-    try:
-        result = trio.run(recover, config)
-    except* NewerFormatError as newer:
-        raise CommandError(f"the state is that of a newer hypemand: {_first(newer)}", BAD_CONFIG) from None
-    except* OSError as errors:
-        error = _first(errors)
-        assert isinstance(error, OSError)
-        raise _state_unreadable(error, config.state_dir) from None
-    for line in result.left:
-        print(f"hypemand: still open: {line}", file=sys.stderr)
-    print(result.summary)
-    return FAILED if result.left else OK
-
-
-def _warn(lines: list[str]) -> None:
-    for line in lines:
-        print(f"hypemand: {line}", file=sys.stderr)
-
-
-def _print_json(document: Any) -> None:
-    import orjson
-
-    print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())

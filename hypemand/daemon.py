@@ -81,9 +81,11 @@ class Daemon:
         _log.info("hypemand starts", version=__version__, config=str(self.config_path), state_dir=str(config.state_dir))
         log_warnings(config)
         await engine.start()
+        now = outside.clock.now()
         enabled = [schedule for schedule in engine.store.schedules.values() if schedule.settings.enabled]
         for schedule in sorted(enabled, key=lambda s: s.next_run_at)[:10]:
-            _log.info("next run", instance_id=schedule.instance_id, at=format_instant(schedule.next_run_at))
+            at = "now" if schedule.next_run_at <= now else format_instant(schedule.next_run_at)
+            _log.info("next run", instance_id=schedule.instance_id, at=at)
         return engine
 
     def _unusable(self, error: OSError) -> StateUnusableError:

@@ -130,7 +130,14 @@ async def test_wrong_arguments_are_told_without_a_traceback(used: Lab, args: tup
 # The config.
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+async def test_recover_goes_on_without_a_config(used: Lab, tmp_path: Path) -> None:
+    """It may run after a crash, when somebody has lost the file, and guests stand still."""
+    told = await run_cli("recover", "-c", tmp_path / "nowhere.toml", env={"STATE_DIRECTORY": str(used.state)})
+    assert (told.status, told.stdout) == (0, "no open runs\n")
+    assert f"going on with the state in {used.state}" in told.stderr
+
+
+@pytest.mark.parametrize("name", sorted({*COMMANDS} - {"recover"}))
 async def test_a_missing_config_is_told_with_what_to_do(tmp_path: Path, name: str) -> None:
     missing = tmp_path / "nowhere.toml"
     told = await run_cli(name, "-c", missing)
@@ -278,6 +285,7 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
             "backend",
             "state",
             "covered",
+            "made",
             "schedule",
             "last_run",
             "open_run",
@@ -401,12 +409,17 @@ async def test_an_instance_that_nobody_knows_is_an_error_with_a_hint(used: Lab, 
         assert "hypemand status" in line
 
 
-async def test_before_the_first_start_everything_is_empty_and_no_error(lab: Lab) -> None:
+async def test_before_the_first_start_the_config_says_what_is_to_come(lab: Lab) -> None:
     lab.write(SCHEDULES)
-    for name in REPORTS:
-        told = await on(lab, name, "--json")
-        assert told.status == 0
-        assert (told.json["instances"] if name == "status" else told.json) == []
+    status = (await on(lab, "status", "--json")).json
+    assert [(view["instance_id"], view["made"]) for view in status["instances"]] == [("web-1", False), ("web-2", False)]
+    assert status["problems"] == []
+    shown = await on(lab, "status")
+    assert "not begun" in shown.stdout
+    assert "begins when the daemon takes up the config: web-1, web-2" in shown.stderr
+    assert {run["instance_id"] for run in (await on(lab, "plan", "--json")).json} == {"web-1"}  # web-2 is disabled
+    for name in ("snapshots", "history"):
+        assert (await on(lab, name, "--json")).json == []
     nothing = await on(lab, "recover")
     assert nothing.status == 0
     assert "nothing to recover" in nothing.stdout
@@ -505,16 +518,6 @@ async def test_a_state_dir_that_is_none_is_told_in_one_line(lab: Lab, name: str)
     assert f"{lab.config}: state_dir: " in checked.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-async def test_a_state_dir_of_somebody_else_is_told_with_what_to_do(used: Lab, tmp_path: Path) -> None:
-    lab = used.copy_to(tmp_path / "copy")
-    lab.state.chmod(0)
-    told = await on(lab, "status")
-    lab.state.chmod(0o700)
-    assert told.status == 1
-    assert "as the user that the daemon runs as" in told.stderr
-
-
 # Where stdout goes.
 
 
@@ -531,7 +534,8 @@ def test_a_pipe_that_is_closed_early_gives_no_traceback(used: Lab, args: tuple[s
         process.stdout.close()
         told = process.stderr.read().decode()
     assert process.returncode == 0
-    assert told == ""
+    assert "Traceback" not in told
+    assert "Broken" not in told
 
 
 @pytest.mark.parametrize("redirect", [">&-", "2>&-", "<&- >&- 2>&-"])

@@ -17,7 +17,8 @@ from hypothesis import given
 from hypemand.core.model import InstanceId, ManagedBy, Retention, Schedule, Settings
 from hypemand.state.codec import NewerFormatError, encode_schedule
 from hypemand.state.files import Disk
-from hypemand.state.store import Store, quarantine_notes, scan_schedules
+from hypemand.state.scan import quarantine_notes, scan_schedules
+from hypemand.state.store import Store
 from tests.disks import FaultyDisk, InlineDisk, LateDisk, UnsyncedDisk
 from tests.strategies import NOW, WEB, schedules
 

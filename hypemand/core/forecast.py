@@ -29,10 +29,12 @@ def forecast(
         snapshots: Its scheduled snapshots as they are now.
     """
     kept = {snapshot.id: snapshot for snapshot in snapshots}
+    names = {snapshot.name for snapshot in snapshots}
     at = max(schedule.next_run_at, now)
     due = schedule.next_run_at
     while at <= now + within:
-        name = snapshot_name(schedule.name_prefix, at, {s.name for s in kept.values()})
+        name = snapshot_name(schedule.name_prefix, at, names)
+        names.add(name)
         kept[name] = Snapshot(
             id=name,
             instance_id=schedule.instance_id,
@@ -45,6 +47,7 @@ def forecast(
         prunes = select_expired(list(kept.values()), schedule.retention, now=at, protected={name})
         for expired in prunes:
             del kept[expired.snapshot.id]
+            names.discard(expired.snapshot.name)
         yield PlannedRun(at, name, prunes)
         due = next_slot(due, schedule.interval, at).next_run_at
         at = due

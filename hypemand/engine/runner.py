@@ -222,6 +222,12 @@ class Runner:
             boot_id=means.boot_id,
             connection=backend.connection,
         )
+        _log.info(
+            "capture begins",
+            instance_id=started.instance_id,
+            run_id=started.run_id,
+            snapshot_name=started.snapshot_name,
+        )
         await means.runlog.append(started)
         progress.started = started
         current = means.store.schedules.get(schedule.instance_id)

@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 import orjson
+import structlog
 import trio
 from attrs import frozen
 
 from hypemand.core.errors import HypemandError
 from hypemand.state.files import Disk
 
+_log = structlog.get_logger()
 WAIT_S = 30.0
 LOOK_S = 0.5
 
@@ -102,11 +104,15 @@ async def take_lock(state_dir: Path, role: str, disk: Disk) -> StateLock:
     await disk.call(disk.make_directory, state_dir)
     deadline = trio.current_time() + WAIT_S
     look_until = trio.current_time() + LOOK_S  # `status` holds it for the moment of a look
+    waiting = False
     while True:
         try:
             return StateLock.acquire(state_dir, role)
         except LockHeldError as error:
             now = trio.current_time()
+            if now >= look_until and not waiting:
+                waiting = True
+                _log.info("waiting for the state directory", held_by=str(error.owner))
             if now >= deadline or (now >= look_until and error.owner.role == "daemon"):
                 raise
         await trio.sleep(0.05)

@@ -1,41 +1,22 @@
 """The schedules, in memory and as one file each; what can't be read is set aside or retried, never overwritten."""
 
 import errno
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 
 import structlog
 import trio
-from attrs import define, field, frozen
 
-from hypemand.core.errors import InvalidInput, RuleBroken
+from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, Schedule
 from hypemand.core.naming import check_instance_id
 from hypemand.state.codec import NewerFormatError, decode_schedule, encode_schedule
 from hypemand.state.files import TEMPORARY_SUFFIX, Disk, Signature
+from hypemand.state.scan import BadFile, Scan, scan_schedules
 
 _log = structlog.get_logger()
-
-
-@frozen
-class BadFile:
-    """A state file with invalid content, and what is wrong with it."""
-
-    path: Path
-    problem: str
-
-
-@define
-class Scan:
-    """What reading schedule files found: schedules with their files' signatures, and the trouble."""
-
-    schedules: dict[InstanceId, tuple[Schedule, Signature]] = field(factory=dict)
-    invalid: list[BadFile] = field(factory=list)
-    newer: list[BadFile] = field(factory=list)
-    unreadable: list[BadFile] = field(factory=list)
-    missing: bool = False  # the directory itself
 
 
 class Store:
@@ -305,41 +286,6 @@ class Store:
         return self.directory / f"{instance}.json"
 
 
-def scan_schedules(directory: Path, disk: Disk, known: Mapping[InstanceId, Signature] | None = None) -> Scan:
-    """Read the schedule files in *directory*; changes nothing. Blocking.
-
-    Args:
-        known: Signatures of versions that need no reading; those files are left out of the result,
-            but where they changed.
-    """
-    scan = Scan()
-    try:
-        paths = sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.name[0] != ".")
-    except FileNotFoundError:
-        scan.missing = True
-        return scan
-    for path in paths:
-        _scan_one(path, disk, known or {}, scan)
-    return scan
-
-
-def _scan_one(path: Path, disk: Disk, known: Mapping[InstanceId, Signature], scan: Scan) -> None:
-    try:
-        instance = check_instance_id(path.stem)
-        if instance in known and Signature.of(path.stat()) == known[instance]:
-            return
-        data, signature = disk.read(path)
-        scan.schedules[instance] = (decode_schedule(data, instance), signature)
-    except NewerFormatError as error:
-        scan.newer.append(BadFile(path, str(error)))
-    except (InvalidInput, RuleBroken) as error:
-        scan.invalid.append(BadFile(path, str(error)))
-    except FileNotFoundError:
-        return  # removed a moment ago
-    except OSError as error:
-        scan.unreadable.append(BadFile(path, str(error)))
-
-
 def _is_gone(path: Path) -> bool:
     try:
         path.stat()
@@ -348,9 +294,3 @@ def _is_gone(path: Path) -> bool:
     except OSError:
         pass  # nothing is known
     return False
-
-
-def quarantine_notes(state_dir: Path) -> Iterable[str]:
-    """The first line of each note in the quarantine: which file it was, and why. Blocking."""
-    for path in sorted((state_dir / "quarantine").glob("*.note")):
-        yield path.read_text(errors="replace").partition("\n")[0]

@@ -7,7 +7,7 @@ from hypemand.core.errors import Problem
 from hypemand.core.model import ManagedBy
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
-from hypemand.surface.report import State, read_state
+from hypemand.surface.report import NEVER_USED, State, read_state, used_backends
 
 
 @define
@@ -32,9 +32,8 @@ async def check_backends(config: Config) -> Findings:
     except OSError as error:
         findings.problems.append(Problem("state_dir", f"can't be read: {error}"))
         return findings
-    used = {line.backend for line in state.log.started()}
     for name, trouble in sorted(discovery.errors.items()):
-        first = "" if name in used else " (never used so far; the daemon makes its directories when it first starts)"
+        first = "" if name in used_backends(state) else NEVER_USED
         findings.warnings.append(f"backends.{name}: {trouble}{first}")
     wanted = wanted_schedules(config, discovery, state.schedules.values())
     findings.problems += [Problem("schedules", problem) for problem in wanted.problems]

@@ -4,7 +4,7 @@ from datetime import datetime
 from typing import Any
 
 from hypemand.core.forecast import PlannedRun
-from hypemand.core.model import RunFinished, Snapshot
+from hypemand.core.model import InstanceId, RunFinished, Snapshot
 from hypemand.core.structure import format_instant
 from hypemand.state.codec import line_document, schedule_document
 from hypemand.surface.report import InstanceView, Overview
@@ -39,6 +39,7 @@ def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
         "backend": view.backend,
         "state": view.state,
         "covered": view.schedule is not None,
+        "made": view.made,
         "schedule": schedule_document(view.schedule) if view.schedule else None,
         "last_run": line_document(view.last_run) if view.last_run else None,
         "open_run": view.open_run,
@@ -68,11 +69,11 @@ def run_document(run: RunFinished) -> dict[str, Any]:
     return line_document(run)
 
 
-def planned_document(view: InstanceView, run: PlannedRun) -> dict[str, Any]:
+def planned_document(instance: InstanceId, run: PlannedRun) -> dict[str, Any]:
     """One run of ``plan --json``."""
     return {
         "at": format_instant(run.at),
-        "instance_id": view.instance_id,
+        "instance_id": instance,
         "snapshot_name": run.snapshot_name,
         "prunes": [
             {"snapshot_id": e.snapshot.id, "snapshot_name": e.snapshot.name, "reasons": list(e.reasons)}

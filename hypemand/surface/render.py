@@ -8,9 +8,12 @@ from attrs import frozen
 
 from hypemand.core.duration import format_duration
 from hypemand.core.forecast import PlannedRun
-from hypemand.core.model import RunFinished, Snapshot
+from hypemand.core.model import InstanceId, RunFinished, Snapshot
 from hypemand.core.size import format_size
+from hypemand.state.lock import LockOwner
 from hypemand.surface.report import InstanceView, Overview
+
+MOST_ROWS = 200
 
 
 @frozen
@@ -19,6 +22,10 @@ class Table:
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
+
+    def head(self, most: int) -> "Table":
+        """The first *most* rows."""
+        return Table(self.headings, self.rows[:most])
 
 
 def show(table: Table) -> None:
@@ -43,20 +50,27 @@ def _show_rich(table: Table) -> None:
     from rich.table import Table as RichTable
     from rich.text import Text
 
-    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False)
+    console = Console()
+    drawn = RichTable(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for heading in table.headings:
         drawn.add_column(heading, overflow="fold")
     for row in table.rows:
-        drawn.add_row(
-            *(Text(text, style=_style(heading, text)) for heading, text in zip(table.headings, row, strict=True))
-        )
-    Console().print(drawn)
+        cells = zip(table.headings, map(_one_line, row), strict=True)
+        drawn.add_row(*(Text(text, style=_style(heading, text)) for heading, text in cells))
+    if console.measure(drawn, options=console.options.update(width=10_000)).maximum <= console.width:
+        console.print(drawn)
+        return
+    for row in table.rows:  # too narrow for columns
+        console.print(Text(_one_line(row[0]), style="bold"))
+        for heading, text in zip(table.headings[1:], map(_one_line, row[1:]), strict=True):
+            if text:
+                console.print(Text.assemble((f"  {heading.lower():14} ", "dim"), (text, _style(heading, text))))
 
 
 def _style(heading: str, text: str) -> str:
-    if heading == "ERROR" or text in ("failed", "interrupted", "overdue"):
+    if heading == "ERROR" or text == "overdue" or text.startswith(("failed", "interrupted")):
         return "red"
-    return "yellow" if text in ("skipped", "uncovered", "disabled", "not settled") else ""
+    return "yellow" if text.startswith(("skipped", "uncovered", "disabled", "not settled")) else ""
 
 
 def ago(at: datetime | None, now: datetime) -> str:
@@ -87,37 +101,39 @@ def seconds_short(seconds: float | None) -> str:
 
 
 def status_table(overview: Overview, now: datetime) -> Table:
-    """A row for each instance."""
-    headings = (
-        "INSTANCE", "BACKEND", "STATE", "INTERVAL", "NEXT RUN", "LAST RUN", "OUTCOME", "LAST SNAPSHOT", "AGE", "KEPT",
-        "SIZE", "FREEZE", "ERROR",
-    )  # fmt: skip
-    return Table(headings, [_status_row(view, now) for view in overview.instances])
+    """A row for each instance. On a terminal errors are in `status_notes` alone: they are too long for a column."""
+    headings = ["INSTANCE", "STATE", "EVERY", "NEXT RUN", "LAST RUN", "LAST SNAPSHOT", "AGE", "KEPT", "SIZE", "FREEZE"]
+    rows = [_status_row(view, now) for view in overview.instances]
+    if not sys.stdout.isatty():
+        headings.append("ERROR")
+        for view, row in zip(overview.instances, rows, strict=True):
+            row.append((view.schedule.last_error if view.schedule else None) or view.trouble or "")
+    return Table(headings, rows)
 
 
 def _status_row(view: InstanceView, now: datetime) -> list[str]:
     schedule, run = view.schedule, view.last_run
     last = view.snapshots[-1] if view.snapshots else None
+    outcome = "not settled" if view.open_run else str(run.outcome) if run else ""
     return [
         view.instance_id,
-        view.backend or "-",
         view.state or "?",
         format_duration(schedule.interval) if schedule else "uncovered",
         _next_run(view, now),
-        ago(schedule.last_run_at if schedule else None, now),
-        "not settled" if view.open_run else str(run.outcome) if run else "-",
+        f"{outcome} {ago(run.started_at, now)}" if run and not view.open_run else outcome or "-",
         last.name if last else "-",
         ago(last.created_at, now).removesuffix(" ago") if last else "-",
         "?" if view.snapshots is None else str(len(view.snapshots)),
         "?" if view.snapshots is None else format_size(sum(s.size_bytes for s in view.snapshots)),
         seconds_short(run.freeze_s if run else None),
-        (schedule.last_error if schedule else None) or view.trouble or "",
     ]
 
 
 def _next_run(view: InstanceView, now: datetime) -> str:
     if view.schedule is None:
         return "-"
+    if not view.made:
+        return "not begun"
     if not view.schedule.settings.enabled:
         return "disabled"
     return ago(view.schedule.next_run_at, now) if view.schedule.next_run_at > now else "overdue"
@@ -159,21 +175,31 @@ def history_table(runs: Iterable[RunFinished]) -> Table:
     return Table(("STARTED", "INSTANCE", "OUTCOME", "SNAPSHOT", "SIZE", "FREEZE", "LATE", "PRUNED", "ERROR"), rows)
 
 
-def plan_table(planned: Iterable[tuple[InstanceView, PlannedRun]]) -> Table:
+def plan_table(planned: Iterable[tuple[InstanceId, PlannedRun]]) -> Table:
     """A row for each run to come, and one for each snapshot that it will prune."""
     rows = []
-    for view, run in planned:
-        rows.append([_instant(run.at), view.instance_id, "take", run.snapshot_name, ""])
-        rows += [
-            [_instant(run.at), view.instance_id, "prune", e.snapshot.name, "; ".join(e.reasons)] for e in run.prunes
-        ]
+    for instance, run in planned:
+        rows.append([_instant(run.at), instance, "take", run.snapshot_name, ""])
+        rows += [[_instant(run.at), instance, "prune", e.snapshot.name, "; ".join(e.reasons)] for e in run.prunes]
     return Table(("AT", "INSTANCE", "ACTION", "SNAPSHOT", "WHY"), rows)
+
+
+def _owner_note(owner: LockOwner | None) -> str:
+    if owner is None:
+        return "daemon: not running"
+    return f"daemon: running (pid {owner.pid})" if owner.role == "daemon" else f"state: in use by {owner}"
 
 
 def status_notes(overview: Overview, config_problems: Iterable[str]) -> list[str]:
     """What is to be said below the table of `status`; the daemon's state first."""
     state = overview.state
-    notes = [f"daemon: {state.owner} is running" if state.owner else "daemon: not running"]
+    notes = [_owner_note(state.owner)]
+    for view in overview.instances:
+        error = view.schedule.last_error if view.schedule else None
+        notes += [f"{view.instance_id}: last error: {_one_line(error)}"] if error else []
+        notes += [f"{view.instance_id}: {_one_line(view.trouble)}"] if view.trouble and view.made else []
+    to_come = [view.instance_id for view in overview.instances if not view.made]
+    notes += [f"begins when the daemon takes up the config: {', '.join(to_come)}"] if to_come else []
     notes += [f"config invalid, a running daemon goes on with the one before: {p}" for p in config_problems]
     notes += [f"problem: {problem}" for problem in overview.problems]
     notes += [f"warning: {warning}" for warning in overview.warnings]

@@ -13,15 +13,16 @@ from hypemand.core.retention import scheduled_only
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock
 from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
 from hypemand.engine.limits import answer
-from hypemand.engine.reconcile import Discovery, discover, wanted_schedules
+from hypemand.engine.reconcile import Discovery, Wanted, created, discover, wanted_schedules
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockOwner, lock_owner
 from hypemand.state.replay import lay_over
 from hypemand.state.runlog import LogContent, read_log
-from hypemand.state.store import quarantine_notes, scan_schedules
+from hypemand.state.scan import quarantine_notes, scan_schedules
 
 ANSWER_S = 5.0
 AT_ONCE = 16
+NEVER_USED = " (never used so far; the daemon makes its directories when it first starts)"
 
 
 @frozen(kw_only=True)
@@ -64,12 +65,14 @@ class InstanceView:
 
     Attributes:
         snapshots: Scheduled ones, oldest first; None where they can't be listed.
+        made: False for a schedule that the config wants, but that no daemon has made yet.
         trouble: Why the backend's part is missing.
     """
 
     instance_id: InstanceId
     backend: str | None
     schedule: Schedule | None = None
+    made: bool = True
     state: str | None = None
     snapshots: tuple[Snapshot, ...] | None = None
     trouble: str | None = None
@@ -100,11 +103,12 @@ async def look_offline(state: State, config: Config | None, only: str | None) ->
 async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, only: str | None = None) -> Overview:
     """Ask the backends of *config* about every instance with a schedule, and about those that none covers."""
     discovery = await discover(fleet.backends)
-    overview = Overview(state, _views(state, discovery, fleet, only))
-    if config is not None:
-        wanted = wanted_schedules(config, discovery, state.schedules.values())
-        overview.problems += wanted.problems
-    overview.problems += [f"backend {name}: {error}" for name, error in sorted(discovery.errors.items())]
+    wanted = wanted_schedules(config, discovery, state.schedules.values()) if config else Wanted()
+    overview = Overview(state, _views(state, discovery, fleet, _to_come(state, wanted, clock), only))
+    overview.problems += wanted.problems
+    for name, error in sorted(discovery.errors.items()):
+        told = overview.problems if name in used_backends(state) else overview.warnings
+        told.append(f"backend {name}: {error}" + ("" if told is overview.problems else NEVER_USED))
     overview.warnings += _clock_warnings(state.schedules.values(), clock)
     limiter = trio.CapacityLimiter(AT_ONCE)
     async with trio.open_nursery() as nursery:
@@ -113,10 +117,28 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
     return overview
 
 
-def _views(state: State, discovery: Discovery, fleet: Fleet, only: str | None) -> list[InstanceView]:
+def used_backends(state: State) -> frozenset[str]:
+    """Names of backends through which something was captured before."""
+    return frozenset(line.backend for line in state.log.started())
+
+
+def _to_come(state: State, wanted: Wanted, clock: Clock) -> dict[InstanceId, Schedule]:
+    """Schedules that the config wants, and that the daemon will make."""
+    now, zone = clock.now(), clock.zone()
+    return {
+        instance: created(instance, entry, backend, now, zone)
+        for instance, (entry, backend) in wanted.entries.items()
+        if instance not in state.schedules
+    }
+
+
+def _views(
+    state: State, discovery: Discovery, fleet: Fleet, to_come: dict[InstanceId, Schedule], only: str | None
+) -> list[InstanceView]:
     last_runs = {run.instance_id: run for run in state.log.finished()}
     open_instances = {run.instance_id for run in state.log.open_runs().values()}
     views = {i: InstanceView(i, _backend_of(s, fleet), s) for i, s in state.schedules.items()}
+    views |= {i: InstanceView(i, s.backend, s, made=False) for i, s in to_come.items()}
     for name, instances in sorted(discovery.instances.items()):
         for instance in instances:
             views.setdefault(instance, InstanceView(instance, name))
