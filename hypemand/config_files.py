@@ -9,7 +9,7 @@ import platformdirs
 
 from hypemand.config import Config, ParseSettings, parse_config
 from hypemand.core.errors import RuleBroken
-from hypemand.core.structure import check_path
+from hypemand.core.fields import check_path
 
 
 def find_config(wanted: str | None) -> Path:

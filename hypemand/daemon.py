@@ -13,7 +13,7 @@ from hypemand.backends import registry
 from hypemand.config import Config, config_warnings
 from hypemand.config_files import load_config
 from hypemand.core.errors import HypemandError, InvalidInput
-from hypemand.core.structure import format_instant
+from hypemand.core.fields import format_instant
 from hypemand.engine.engine import Engine, Outside, this_machine
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reload import watch_file

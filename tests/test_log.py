@@ -128,7 +128,7 @@ def test_the_console_format_has_no_escape_codes_off_a_terminal() -> None:
     text = run('log.warning("slow", instance_id="web-1", path="/a b")', form="console")
     assert "\x1b" not in text
     assert "slow" in text
-    assert "instance_id=web-1" in text
+    assert "instance=web-1" in text
     with pytest.raises(json.JSONDecodeError):
         json.loads(text)
 
@@ -291,3 +291,20 @@ def test_a_line_that_the_stream_cannot_encode_costs_only_itself(tmp_path: Path) 
             writer.write(line)
         writer.close()
     assert (tmp_path / "log").read_text() == "one\ntwo\n"
+
+
+def test_on_a_console_units_are_those_of_people_and_ids_of_programs_are_left_out(tmp_path: Path) -> None:
+    told = for_people(
+        instance_id="web-1",
+        run_id="r1",
+        snapshot_id="r1",
+        snapshot_name="n-1",
+        size_bytes=83886080,
+        freeze_s=0.0651,
+        late_s=2,
+    )
+    assert told == {"instance": "web-1", "snapshot": "n-1", "size": "80.0MiB", "freeze": "65ms", "late": "2.0s"}
+
+
+def for_people(**event: Any) -> dict[str, Any]:
+    return dict(log_module._for_people(None, "info", event))

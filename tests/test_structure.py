@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hypemand.core.errors import HypemandError, InvalidInput, Problem, RuleBroken, join_path
+from hypemand.core.fields import check_instant, check_path, format_instant
 from hypemand.core.model import (
     FirstRun,
     Freezer,
@@ -38,14 +39,7 @@ from hypemand.core.model import (
     SnapshotKind,
     Trigger,
 )
-from hypemand.core.structure import (
-    check_instant,
-    check_path,
-    format_instant,
-    new_converter,
-    resolve_paths,
-    structure,
-)
+from hypemand.core.structure import new_converter, resolve_paths, structure
 from tests.strategies import NOW, WEB, instants, schedules, snapshots
 
 CONVERTER = new_converter()

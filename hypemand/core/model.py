@@ -10,7 +10,7 @@ from attrs import Factory, frozen
 InstanceId = NewType("InstanceId", str)
 """Checked by `naming.check_instance_id`: safe as a file name."""
 
-# What a document may hold in such a field is the rule of that name in `structure.RULES`.
+# What a document may hold in such a field is the rule of that name in `fields.RULES`.
 Interval = Annotated[timedelta, "interval"]
 PositiveDuration = Annotated[timedelta, "positive duration"]
 MaxAge = Annotated[timedelta, "max_age"]

@@ -12,7 +12,7 @@ from zoneinfo import ZoneInfo
 
 import structlog
 
-from hypemand.core.structure import format_instant
+from hypemand.core.fields import format_instant
 
 JUMP = timedelta(seconds=30)
 LONGEST_WAIT = timedelta(days=1)

@@ -7,9 +7,9 @@ import structlog
 from attrs import evolve
 
 from hypemand.backends.base import Backend
+from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, ManagedBy, Schedule
 from hypemand.core.retention import outlived
-from hypemand.core.structure import format_instant
 from hypemand.engine.clock import Clock, ClockWatch
 from hypemand.engine.pruning import Pruner, PruneResult
 from hypemand.engine.recorder import Recorder

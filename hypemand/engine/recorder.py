@@ -5,8 +5,8 @@ import trio
 from attrs import evolve
 
 from hypemand.core.cadence import reanchor
+from hypemand.core.fields import format_instant
 from hypemand.core.model import Outcome, RunFinished, Schedule, Trigger
-from hypemand.core.structure import format_instant
 from hypemand.engine.clock import Clock
 from hypemand.state.replay import advanced, with_outcome
 from hypemand.state.runlog import RunLog

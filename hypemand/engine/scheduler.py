@@ -10,8 +10,8 @@ import trio
 from attrs import evolve, frozen
 
 from hypemand.core.cadence import jitter, next_slot, reanchor
+from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, RunStarted, Schedule
-from hypemand.core.structure import format_instant
 from hypemand.engine.clock import Clock, ClockWatch
 from hypemand.engine.runner import Runner
 from hypemand.state.runlog import RunLog

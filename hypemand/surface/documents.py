@@ -3,9 +3,9 @@
 from datetime import datetime
 from typing import Any
 
+from hypemand.core.fields import format_instant
 from hypemand.core.forecast import PlannedRun
 from hypemand.core.model import InstanceId, RunFinished, Snapshot
-from hypemand.core.structure import format_instant
 from hypemand.state.codec import line_document, schedule_document
 from hypemand.surface.report import InstanceView, Overview
 

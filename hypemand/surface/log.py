@@ -20,8 +20,10 @@ import orjson
 import structlog
 
 from hypemand.config import LogConfig, LogFormat
+from hypemand.core.size import format_size
 
 QUEUE_LINES = 10_000
+_FOR_PROGRAMS = frozenset({"run_id", "due_at"})
 _FLUSH_S = 2.0
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
@@ -141,9 +143,13 @@ def _console() -> list[Any]:
     return [
         structlog.processors.TimeStamper(fmt="%H:%M:%S", utc=False),
         structlog.processors.format_exc_info,
+        _for_people,
         _harmless,
         structlog.dev.ConsoleRenderer(
-            colors=sys.stderr.isatty(), pad_event_to=28, exception_formatter=structlog.dev.plain_traceback
+            colors=sys.stderr.isatty(),
+            pad_event_to=16,
+            sort_keys=False,
+            exception_formatter=structlog.dev.plain_traceback,
         ),
     ]
 
@@ -154,6 +160,19 @@ def _json() -> list[Any]:
         structlog.processors.format_exc_info,
         structlog.processors.JSONRenderer(serializer=_dumps),
     ]
+
+
+def _for_people(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Units that people read, and not the ids that only programs need."""
+    shown: dict[str, Any] = {}
+    for key, value in event.items():
+        if key.endswith("_s") and isinstance(value, (int, float)):
+            shown[key[:-2]] = f"{value * 1000:.0f}ms" if abs(value) < 1 else f"{value:.1f}s"
+        elif key.endswith("_bytes") and isinstance(value, int):
+            shown[key[:-6]] = format_size(value).replace(" ", "")
+        elif key not in _FOR_PROGRAMS:
+            shown[key.removesuffix("_id").removesuffix("_name")] = value
+    return shown
 
 
 def _harmless(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
