@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import orjson
 import pytest
@@ -21,6 +21,9 @@ from hypemand.state.scan import quarantine_notes, scan_schedules
 from hypemand.state.store import Store
 from tests.disks import FaultyDisk, InlineDisk, LateDisk, UnsyncedDisk
 from tests.strategies import NOW, WEB, schedules
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 HYPEMANS = b"""{
   "instance_id": "web-1",
@@ -680,9 +683,10 @@ async def test_a_write_under_way_is_not_taken_for_an_edit(tmp_path: Path) -> Non
         await trio.testing.wait_all_tasks_blocked()  # on disk already, and not known to be
         store.hold(schedule(last_error="third"))
         disk.gate = None
-        await store.reread()
-        assert store.schedules[WEB].last_error == "third"
+        nursery.start_soon(store.reread)
+        await trio.testing.wait_all_tasks_blocked()
         gate.set()
+    assert store.schedules[WEB].last_error == "third"
     await store.save_unsaved()
     assert (await loaded(tmp_path)).schedules[WEB].last_error == "third"
 
@@ -717,3 +721,43 @@ def test_a_scan_changes_nothing(tmp_path: Path) -> None:
 
 def test_without_a_quarantine_there_are_no_notes(tmp_path: Path) -> None:
     assert list(quarantine_notes(tmp_path)) == []
+
+
+async def test_an_edit_right_behind_our_own_write_is_seen(tmp_path: Path) -> None:
+    """The new file has its name, but the write is not over: its directory is still to be synced."""
+
+    class Busy(InlineDisk):
+        async def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+            result = await super().call(work, *args)
+            if work.__name__ == "replace":
+                written.set()
+                await go_on.wait()
+            return result
+
+    written, go_on = trio.Event(), trio.Event()
+    go_on.set()
+    store = await loaded(tmp_path, Busy())
+    await store.put(schedule(name_prefix="before"))
+    written, go_on = trio.Event(), trio.Event()
+    path = tmp_path / "schedules" / f"{WEB}.json"
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.put, schedule(name_prefix="ours"))
+        await written.wait()
+        path.write_bytes(path.read_bytes().replace(b"ours", b"edit"))
+        nursery.start_soon(store.reread)
+        await trio.testing.wait_all_tasks_blocked()
+        go_on.set()
+    assert store.schedules[WEB].name_prefix == "edit"
+
+
+async def test_our_own_write_has_a_stamp_of_its_own(tmp_path: Path) -> None:
+    """The kernel stamps what is written in one tick alike; an edit then must not look like our write."""
+    store = await loaded(tmp_path)
+    ticks = set()
+    for number in range(20):
+        await store.put(schedule(name_prefix=f"ours-{number}"))
+        path = tmp_path / "schedules" / f"{WEB}.json"
+        ours = path.stat().st_mtime_ns
+        path.write_bytes(path.read_bytes())
+        ticks.add(ours != path.stat().st_mtime_ns)
+    assert ticks == {True}

@@ -110,9 +110,9 @@ async def take_lock(state_dir: Path, role: str, disk: Disk) -> StateLock:
             return StateLock.acquire(state_dir, role)
         except LockHeldError as error:
             now = trio.current_time()
+            if now >= deadline or (now >= look_until and error.owner.role == "daemon"):
+                raise
             if now >= look_until and not waiting:
                 waiting = True
                 _log.info("waiting for the state directory", held_by=str(error.owner))
-            if now >= deadline or (now >= look_until and error.owner.role == "daemon"):
-                raise
         await trio.sleep(0.05)

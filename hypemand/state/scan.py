@@ -45,11 +45,12 @@ def scan_schedules(directory: Path, disk: Disk, known: Mapping[InstanceId, Signa
         scan.missing = True
         return scan
     for path in paths:
-        _scan_one(path, disk, known or {}, scan)
+        scan_file(path, disk, known or {}, scan)
     return scan
 
 
-def _scan_one(path: Path, disk: Disk, known: Mapping[InstanceId, Signature], scan: Scan) -> None:
+def scan_file(path: Path, disk: Disk, known: Mapping[InstanceId, Signature], scan: Scan) -> None:
+    """Read one schedule file into *scan*, unless it is the version in *known*. Blocking."""
     try:
         instance = check_instance_id(path.stem)
         if instance in known and Signature.of(path.stat()) == known[instance]:

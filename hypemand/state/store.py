@@ -14,7 +14,7 @@ from hypemand.core.model import InstanceId, Schedule
 from hypemand.core.naming import check_instance_id
 from hypemand.state.codec import NewerFormatError, decode_schedule, encode_schedule
 from hypemand.state.files import TEMPORARY_SUFFIX, Disk, Signature
-from hypemand.state.scan import BadFile, Scan, scan_schedules
+from hypemand.state.scan import BadFile, Scan, scan_file, scan_schedules
 
 _log = structlog.get_logger()
 
@@ -155,10 +155,23 @@ class Store:
             _log.error("the directory of schedules is gone; those in memory stay in force", path=str(self.directory))
             return frozenset()
         await self._take_in(scan, known)
+        for instance, (_, signature) in scan.schedules.items():
+            if self._signatures.get(instance) != signature:
+                await self._look_again(instance)
         for instance in known.keys() & self._schedules.keys():
             await self._drop_if_removed(instance, known)
         keys = before.keys() | self._schedules.keys()
         return frozenset(key for key in keys if before.get(key) != self._schedules.get(key))
+
+    async def _look_again(self, instance: InstanceId) -> None:
+        """Take in an edit that was not, for the file was just being written; it may have come right after that."""
+        again = Scan()
+        async with self._lock(instance):
+            known = {i: s for i, s in self._signatures.items() if i == instance}
+            await self._disk.call(scan_file, self._path(instance), self._disk, known, again)
+            if instance in self._schedules and instance in again.schedules:
+                self._schedules[instance], self._signatures[instance] = again.schedules[instance]
+                self.unsaved.discard(instance)
 
     async def _drop_if_removed(self, instance: InstanceId, known: Mapping[InstanceId, Signature]) -> None:
         if not self._changed_since(instance, known):
