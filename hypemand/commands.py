@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -55,6 +56,8 @@ def _tell_problems(path: Path, problems: "list[Problem]") -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run the daemon."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon listens, which reads the config anyway
+
     from hypemand.config_files import find_config
     from hypemand.engine.reload import file_version
 
@@ -70,15 +73,22 @@ def run(options: argparse.Namespace) -> int:
     from hypemand.surface.log import set_up_log
 
     set_up_log(config.log)
+    trouble = None
     try:
-        trio.run(run_daemon, path, version, config, strict_exception_groups=True)
+        trio.run(run_daemon, path, version, config)
     except* LockHeldError as held:
-        raise CommandError(f"{_first(held)}; stop that one first", LOCKED) from None
+        trouble = CommandError(f"{_first(held)}; stop that one first", LOCKED)
     except* NewerFormatError as newer:
-        raise CommandError(f"the state is that of a newer hypemand: {_first(newer)}", BAD_CONFIG) from None
+        trouble = _newer(newer)
     except* StateUnusableError as unusable:
-        raise CommandError(f"{_first(unusable)}; see state_dir in {path}") from None
+        trouble = CommandError(f"{_first(unusable)}; see state_dir in {path}")
+    if trouble is not None:
+        raise trouble  # raised in there, it would come out in a group
     return OK
+
+
+def _newer(error: BaseException) -> CommandError:
+    return CommandError(f"the state is that of a newer hypemand: {_first(error)}", BAD_CONFIG)
 
 
 def _first(errors: BaseException) -> BaseException:
@@ -223,7 +233,7 @@ def snapshots(options: argparse.Namespace) -> int:
         f"{v.instance_id}: snapshots can't be listed: {v.trouble}" for v in overview.instances if v.snapshots is None
     ]
     _warn([*config_problems, *overview.problems, *unknown])
-    listed = [snapshot for view in overview.instances for snapshot in view.snapshots or ()]
+    listed = [snapshot for view in overview.instances for snapshot in (*(view.snapshots or ()), *view.future)]
     if options.json:
         _print_json([snapshot_document(snapshot) for snapshot in listed])
     else:
@@ -258,14 +268,18 @@ def recover(options: argparse.Namespace) -> int:
 
     config = _config_or_state_dir(options)
     set_up_log(config.log)
+    trouble, result = None, None
     try:
         result = trio.run(recover, config)
     except* NewerFormatError as newer:
-        raise CommandError(f"the state is that of a newer hypemand: {_first(newer)}", BAD_CONFIG) from None
+        trouble = _newer(newer)
     except* OSError as errors:
         error = _first(errors)
         assert isinstance(error, OSError)
-        raise _state_unreadable(error, config.state_dir) from None
+        trouble = _state_unreadable(error, config.state_dir)
+    if trouble is not None:
+        raise trouble  # raised in there, it would come out in a group
+    assert result is not None
     for line in result.left:
         print(f"hypemand: still open: {line}", file=sys.stderr)
     print(result.summary)

@@ -1,5 +1,6 @@
 """Snapshots on disk: what is listed is complete, what is damaged is left alone."""
 
+import subprocess
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -268,3 +269,27 @@ def test_beginning_anew_starts_from_an_empty_directory(catalog: Catalog) -> None
     drafted(catalog, manifest_of())
     assert list(catalog.begin(WEB, "run-1").iterdir()) == []
     assert catalog.draft(WEB, "run-1") is None
+
+
+def test_a_leftover_that_cannot_be_removed_spoils_no_deletion(catalog: Catalog, heard_log: list[EventDict]) -> None:
+    stuck = catalog.root / WEB / ".dead.deleted"
+    published(catalog, "run-1")
+    stuck.mkdir()
+    (stuck / "x").touch()
+    (stuck / "x").chmod(0o400)
+    made = subprocess.run(["chattr", "+i", stuck / "x"], capture_output=True, check=False)
+    try:
+        catalog.delete(WEB, "run-1")
+    finally:
+        subprocess.run(["chattr", "-i", stuck / "x"], capture_output=True, check=False)
+    assert ids(catalog) == []
+    if made.returncode == 0:  # by root, where the filesystem knows it
+        assert [str(stuck) in str(entry["path"]) for entry in heard_log] == [True]
+
+
+def test_what_an_earlier_deletion_of_the_same_id_left_is_no_obstacle(catalog: Catalog) -> None:
+    published(catalog, "run-1")
+    (catalog.root / WEB / ".run-1.deleted").mkdir()
+    catalog.delete(WEB, "run-1")
+    assert ids(catalog) == []
+    assert list(catalog.root.joinpath(WEB).iterdir()) == []

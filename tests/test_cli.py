@@ -289,6 +289,7 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
             "schedule",
             "last_run",
             "open_run",
+            "under_way",
             "last_snapshot",
             "last_snapshot_age_s",
             "snapshots_kept",
@@ -407,6 +408,31 @@ async def test_an_instance_that_nobody_knows_is_an_error_with_a_hint(used: Lab, 
         (line,) = told.stderr.splitlines()
         assert repr(unknown) in line
         assert "hypemand status" in line
+
+
+async def test_a_run_under_way_is_not_called_unsettled(lab: Lab) -> None:
+    lab.write(SCHEDULES, instances=INSTANCES, backend='copy_rate = "64KiB"')
+    async with running_daemon(lab.config) as daemon:
+        await lab.in_mid_capture()
+        shown = await on(lab, "status")
+        assert "under way" in shown.stdout
+        assert "not settled" not in shown.stdout
+        await daemon.kill()
+    assert "not settled" in (await on(lab, "status")).stdout
+    assert (await on(lab, "recover")).status == 0
+
+
+async def test_a_snapshot_dated_in_the_future_is_not_the_last_one(used: Lab, tmp_path: Path) -> None:
+    lab = used.copy_to(tmp_path / "copy")
+    kept = (await on(lab, "snapshots", "--json")).json
+    for manifest in lab.root.glob(f"snapshots/web-1/{kept[-1]['id']}/manifest.json"):
+        manifest.write_text(manifest.read_text().replace(kept[-1]["created_at"], "2099-01-01T00:00:00Z"))
+    document = (await on(lab, "status", "--json")).json
+    (web,) = (view for view in document["instances"] if view["instance_id"] == "web-1")
+    assert web["last_snapshot"]["id"] == kept[-2]["id"]
+    assert web["snapshots_kept"] == len(kept) - 1
+    assert any("dated in the future" in warning for warning in document["warnings"])
+    assert len((await on(lab, "snapshots", "--json")).json) == len(kept)
 
 
 async def test_before_the_first_start_the_config_says_what_is_to_come(lab: Lab) -> None:

@@ -611,3 +611,9 @@ def test_the_ticker_is_what_its_source_says(tmp_path: Path) -> None:
     if shutil.which("as") and shutil.which("ld"):
         subprocess.run(assemble, shell=True, check=True, cwd=tmp_path)
         assert (tmp_path / "t.bin").read_bytes() == code
+
+
+async def test_a_relative_disk_name_is_looked_up_where_qemu_runs(tmp_path: Path) -> None:
+    """Else the space check would be left out in silence."""
+    async with running_guest(tmp_path) as guest, qmp.connect(guest.socket) as monitor:
+        assert monitor.peer_directory() == Path.cwd()

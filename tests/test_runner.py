@@ -486,3 +486,19 @@ async def test_a_schedule_whose_backend_is_not_in_the_config_fails_its_runs(
         w.engine.scheduler.refresh(WEB)
         await trio.sleep(60)
         assert "backend 'lost' is not in the config" in (w.schedule("web-1").last_error or "")
+
+
+async def test_max_count_one_keeps_one_as_the_plan_says(tmp_path: Path, autojump_clock: MockClock) -> None:
+    """The snapshot just taken is the last good one; the one before it no longer is."""
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1)) as w:
+        await trio.sleep(3 * 3600 + 60)
+        assert len(w.backend.names("web-1")) == 1
+        assert w.schedule("web-1").last_snapshot_id in w.backend.machines[WEB].snapshots
+
+
+async def test_a_failed_run_prunes_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1, max_age=MINUTE)) as w:
+        await trio.sleep(60)
+        w.backend.fail("capture", "web-1", CaptureFailed("x"))
+        await trio.sleep(5 * 3600)
+        assert len(w.backend.names("web-1")) == 1

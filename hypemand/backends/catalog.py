@@ -6,6 +6,7 @@ plain name is complete. Blocking: call it in a worker thread.
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 from collections.abc import Mapping
@@ -181,14 +182,21 @@ class Catalog:
         self._drop(self.root / instance / snapshot_id, instance, snapshot_id)
 
     def _drop(self, directory: Path, instance: InstanceId, snapshot_id: str) -> None:
-        doomed = self.root / instance / f".{snapshot_id}.deleted"
-        # An earlier deletion of the same id may have ended here; nothing can be renamed onto what it left.
-        _remove(doomed)
+        home = self.root / instance
+        # Nothing can be renamed onto what an earlier deletion of the same id left.
+        names = (f".{snapshot_id}{number or ''}.deleted" for number in itertools.count())
+        doomed = next(path for name in names if not (path := home / name).exists())
         with contextlib.suppress(FileNotFoundError):
             directory.rename(doomed)
-            sync_tree(doomed.parent, deep=False)
-        for leftover in self.root.joinpath(instance).glob(".*.deleted"):
-            _remove(leftover)
+            sync_tree(home, deep=False)
+        # Unlisted it is deleted. What its bytes still take is given back now, or after a later deletion.
+        for leftover in home.glob(".*.deleted"):
+            try:
+                _remove(leftover)
+            except OSError as error:
+                _log.warning(
+                    "deleted snapshot still takes space; tried again later", path=str(leftover), error=str(error)
+                )
 
 
 def _remove(directory: Path) -> None:

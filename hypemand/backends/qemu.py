@@ -132,11 +132,14 @@ class QemuBackend:
         async with self._monitor(instance) as monitor:
             disks = await read_disks(monitor)
             memory = await monitor.execute("query-memory-size-summary")
+            peer_directory = monitor.peer_directory()
         check_capturable(disks)
         ram = memory["base-memory"] + memory.get("plugged-memory", 0)
-        file = Path(disks[0].file)
+        file = peer_directory / disks[0].file
         # QEMU may see other files than this process does, and of a device no free space is to be had.
         seen = file.is_absolute() and await trio.to_thread.run_sync(file.is_file, abandon_on_cancel=True)
+        if not seen:
+            _log.warning("free space is not checked: the guest's disk is not seen from here", disk=disks[0].file)
         return Preparation(
             needed_bytes=ram + ram // 16 + _MARGIN,
             path=file if seen else None,

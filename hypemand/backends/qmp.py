@@ -6,8 +6,10 @@ client at a time, so a connection is made for one operation and closed at once.
 
 import errno
 import os
+import socket as sockets
+import struct
 from collections.abc import AsyncIterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,9 @@ def _parse(line: bytes) -> dict[str, Any]:
     return message
 
 
+_CREDENTIALS = struct.Struct("3i")  # process id, user, group of a unix socket's peer
+
+
 class Monitor:
     """A connection that has its greeting. One call at a time; after a cancelled one it may be used on.
 
@@ -103,6 +108,16 @@ class Monitor:
         self._stream = stream
         self._reader = MessageReader()
         self._last_id = 0
+
+    def peer_directory(self) -> Path:
+        """The working directory of the QEMU at the other end, to which relative names in its answers belong.
+
+        An empty path where that is not to be known.
+        """
+        with suppress(OSError):
+            credentials = self._stream.socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
+            return Path(f"/proc/{_CREDENTIALS.unpack(credentials)[0]}/cwd").readlink()
+        return Path()
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run *command* and return its answer, however long QEMU takes.

@@ -116,7 +116,8 @@ class Reconciler:
             present = self._store.schedules.get(instance)
             if present is not None and present.managed_by is ManagedBy.API:
                 problems.append(
-                    f"schedules: {instance!r} has a schedule made over the API; delete that one, or this entry"
+                    f"schedules: {instance!r} has a schedule made over the API,"
+                    f" schedules/{instance}.json in the state directory; remove one of both"
                 )
             elif instance in self._store.unreadable_instances:
                 problems.append(f"schedules: the file of {instance!r} can't be read; it is neither made anew nor run")

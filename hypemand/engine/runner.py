@@ -280,8 +280,8 @@ class Runner:
         assert progress.snapshot is not None
         current = self._means.store.schedules.get(schedule.instance_id)
         if current is not None:  # of a schedule that was taken out meanwhile all snapshots stay
-            protected = {progress.snapshot.id, current.last_snapshot_id or ""}
-            await self._means.pruner.prune(backend, current, protected, progress.pruning)
+            # It is the last good one now, and the one before it no longer is.
+            await self._means.pruner.prune(backend, current, {progress.snapshot.id}, progress.pruning)
 
     async def _conclude(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
         if progress.started is not None and progress.snapshot is None:

@@ -126,6 +126,7 @@ class Store:
         def move() -> None:
             self._disk.replace(aside.with_name(f"{aside.name}.note"), note.encode(errors="backslashreplace"))
             self._disk.rename(bad.path, aside)
+            aside.chmod(0o600)
 
         try:
             await self._disk.call(move)

@@ -51,7 +51,8 @@ def _claimed_twice(config: Config, state: State) -> list[Problem]:
     return [
         Problem(
             f"schedules[{index}].instance",
-            f"{entry.instance!r} has a schedule made over the API; delete that one, or this entry",
+            f"{entry.instance!r} has a schedule made over the API,"
+            f" schedules/{entry.instance}.json in the state directory; remove one of both",
         )
         for index, entry in enumerate(config.schedules)
         if entry.instance in made_elsewhere

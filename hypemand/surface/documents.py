@@ -43,6 +43,7 @@ def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
         "schedule": schedule_document(view.schedule) if view.schedule else None,
         "last_run": line_document(view.last_run) if view.last_run else None,
         "open_run": view.open_run,
+        "under_way": view.under_way,
         "last_snapshot": snapshot_document(last) if last else None,
         "last_snapshot_age_s": round((now - last.created_at).total_seconds(), 3) if last else None,
         "snapshots_kept": None if view.snapshots is None else len(view.snapshots),

@@ -10,8 +10,7 @@ from hypemand.core.duration import format_duration
 from hypemand.core.forecast import PlannedRun
 from hypemand.core.model import InstanceId, RunFinished, Snapshot
 from hypemand.core.size import format_size
-from hypemand.state.lock import LockOwner
-from hypemand.surface.report import InstanceView, Overview
+from hypemand.surface.report import InstanceView, Overview, State
 
 MOST_ROWS = 200
 
@@ -114,7 +113,9 @@ def status_table(overview: Overview, now: datetime) -> Table:
 def _status_row(view: InstanceView, now: datetime) -> list[str]:
     schedule, run = view.schedule, view.last_run
     last = view.snapshots[-1] if view.snapshots else None
-    outcome = "not settled" if view.open_run else str(run.outcome) if run else ""
+    outcome = str(run.outcome) if run else ""
+    if view.open_run:
+        outcome = "under way" if view.under_way else "not settled"
     return [
         view.instance_id,
         view.state or "?",
@@ -184,16 +185,17 @@ def plan_table(planned: Iterable[tuple[InstanceId, PlannedRun]]) -> Table:
     return Table(("AT", "INSTANCE", "ACTION", "SNAPSHOT", "WHY"), rows)
 
 
-def _owner_note(owner: LockOwner | None) -> str:
+def _owner_note(state: State) -> str:
+    owner = state.owner
     if owner is None:
-        return "daemon: not running"
+        return f"daemon: not running on the state in {state.state_dir}"
     return f"daemon: running (pid {owner.pid})" if owner.role == "daemon" else f"state: in use by {owner}"
 
 
 def status_notes(overview: Overview, config_problems: Iterable[str]) -> list[str]:
     """What is to be said below the table of `status`; the daemon's state first."""
     state = overview.state
-    notes = [_owner_note(state.owner)]
+    notes = [_owner_note(state)]
     for view in overview.instances:
         error = view.schedule.last_error if view.schedule else None
         notes += [f"{view.instance_id}: last error: {_one_line(error)}"] if error else []

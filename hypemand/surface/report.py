@@ -1,6 +1,7 @@
 """What an operator asks, answered from the state files and the backends. Changes nothing."""
 
 from collections.abc import Collection
+from datetime import datetime
 from pathlib import Path
 
 import trio
@@ -9,7 +10,7 @@ from attrs import define, field, frozen
 from hypemand.backends.base import BackendError
 from hypemand.config import Config
 from hypemand.core.model import InstanceId, RunFinished, Schedule, Snapshot
-from hypemand.core.retention import scheduled_only
+from hypemand.core.retention import future_dated, scheduled_only
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock
 from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
 from hypemand.engine.limits import answer
@@ -66,6 +67,8 @@ class InstanceView:
     Attributes:
         snapshots: Scheduled ones, oldest first; None where they can't be listed.
         made: False for a schedule that the config wants, but that no daemon has made yet.
+        future: Scheduled snapshots dated in the future: a clock was wrong once; they count for nothing.
+        open_run: A run is not finished; *under_way*: and a daemon is at it.
         trouble: Why the backend's part is missing.
     """
 
@@ -78,6 +81,8 @@ class InstanceView:
     trouble: str | None = None
     last_run: RunFinished | None = None
     open_run: bool = False
+    under_way: bool = False
+    future: tuple[Snapshot, ...] = ()
 
 
 @define
@@ -113,7 +118,12 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
     limiter = trio.CapacityLimiter(AT_ONCE)
     async with trio.open_nursery() as nursery:
         for view in overview.instances:
-            nursery.start_soon(_ask, view, fleet, limiter)
+            nursery.start_soon(_ask, view, fleet, limiter, clock.now())
+    for view in overview.instances:
+        overview.warnings += [
+            f"{view.instance_id}: snapshot {snapshot.name} is dated in the future: neither counted nor deleted"
+            for snapshot in view.future
+        ]
     return overview
 
 
@@ -136,7 +146,8 @@ def _views(
     state: State, discovery: Discovery, fleet: Fleet, to_come: dict[InstanceId, Schedule], only: str | None
 ) -> list[InstanceView]:
     last_runs = {run.instance_id: run for run in state.log.finished()}
-    open_instances = {run.instance_id for run in state.log.open_runs().values()}
+    open_runs = {run.instance_id: run for run in state.log.open_runs().values()}
+    daemon = state.owner is not None and state.owner.role == "daemon"
     views = {i: InstanceView(i, _backend_of(s, fleet), s) for i, s in state.schedules.items()}
     views |= {i: InstanceView(i, s.backend, s, made=False) for i, s in to_come.items()}
     for name, instances in sorted(discovery.instances.items()):
@@ -144,7 +155,10 @@ def _views(
             views.setdefault(instance, InstanceView(instance, name))
     for instance, view in views.items():
         view.last_run = last_runs.get(instance)
-        view.open_run = instance in open_instances
+        if (run := open_runs.get(instance)) is not None:
+            # A run that the daemon had to leave open has its start in the schedule already.
+            left = view.schedule is not None and view.schedule.last_run_at == run.started_at
+            view.open_run, view.under_way = True, daemon and not left
     return [views[instance] for instance in sorted(views) if only in (None, instance)]
 
 
@@ -155,7 +169,7 @@ def _backend_of(schedule: Schedule, fleet: Fleet) -> str | None:
         return schedule.backend
 
 
-async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter) -> None:
+async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter, now: datetime) -> None:
     instance = view.instance_id
     async with limiter:
         try:
@@ -168,7 +182,9 @@ async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter) 
                 return
         try:
             listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(instance))
-            view.snapshots = tuple(sorted(scheduled_only(instance, listed), key=lambda s: (s.created_at, s.id)))
+            found = sorted(scheduled_only(instance, listed), key=lambda s: (s.created_at, s.id))
+            view.future = future_dated(found, now)
+            view.snapshots = tuple(snapshot for snapshot in found if snapshot not in view.future)
         except BackendError as error:
             view.trouble = view.trouble or str(error)
 
