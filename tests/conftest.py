@@ -9,6 +9,8 @@ import structlog.testing
 from hypothesis import settings
 from structlog.typing import EventDict
 
+from tests.qemu_guest import require_qemu
+
 # A busy machine is no bug, and 60 examples a promise keep the suite quick.
 settings.register_profile("hypemand", deadline=None, max_examples=60)
 settings.load_profile("hypemand")
@@ -20,6 +22,13 @@ def quiet_log() -> Iterator[None]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.CRITICAL))
     yield
     structlog.reset_defaults()
+
+
+@pytest.fixture(autouse=True)
+def qemu_where_it_is_needed(request: pytest.FixtureRequest) -> None:
+    """Here and not in the tests: a skip out of async code would not say what to install."""
+    if request.node.get_closest_marker("qemu") is not None:
+        require_qemu()
 
 
 @pytest.fixture

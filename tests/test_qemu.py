@@ -32,18 +32,13 @@ from hypemand.backends.qemu import QemuBackend
 from hypemand.backends.qemu_disks import check_capturable, dismiss, finished
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind, Trigger
-from tests.qemu_guest import TICKER, Guest, blockdev, make_disk, require_qemu, run_img, running_guest
+from tests.qemu_guest import TICKER, Guest, blockdev, make_disk, run_img, running_guest
 
 pytestmark = pytest.mark.qemu
 
 WEB = InstanceId("web-1")
 TAG = "nightly-20261122-010000"
 _numbers = count(1)
-
-
-@pytest.fixture(autouse=True)
-def _qemu_is_installed() -> None:
-    require_qemu()
 
 
 def backend_of(guest: Guest, tmp_path: Path) -> Backend:

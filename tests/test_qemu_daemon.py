@@ -7,16 +7,11 @@ from typing import Any
 import pytest
 
 from tests.processes import Lab, run_cli, running_daemon
-from tests.qemu_guest import Guest, require_qemu, run_img, running_guest
+from tests.qemu_guest import Guest, run_img, running_guest
 
 pytestmark = pytest.mark.qemu
 
 KEPT, RUNS = 2, 4
-
-
-@pytest.fixture(autouse=True)
-def _qemu_is_installed() -> None:
-    require_qemu()
 
 
 @pytest.fixture
