@@ -1,4 +1,4 @@
-"""Faults that a review of the engine thought of: each once left a guest frozen, lost a run or stopped the engine."""
+"""Faults at the seams of the engine: each would leave a guest frozen, lose a run or stop the engine."""
 
 import errno
 import os
