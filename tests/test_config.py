@@ -256,7 +256,8 @@ def test_what_is_left_out_has_the_defaults_of_the_design() -> None:
 
 
 def test_the_example_that_is_shipped_is_valid() -> None:
-    parse((Path(__file__).parent.parent / "config.example.toml").read_bytes())
+    config = parse((Path(__file__).parent.parent / "config.example.toml").read_bytes())
+    assert [entry.instance for entry in config.schedules] == ["web-1"]
 
 
 def test_relative_paths_are_taken_from_the_directory_of_the_config_and_tilde_is_home(

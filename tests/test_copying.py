@@ -139,7 +139,7 @@ async def test_hung_copies_take_no_threads_from_others(tmp_path: Path) -> None:
             for number in range(total):
                 nursery.start_soon(copy_file, source, tmp_path / str(number))
     with trio.fail_after(10):
-        await trio.to_thread.run_sync(lambda: None)
+        assert await trio.to_thread.run_sync(lambda: "a thread was free") == "a thread was free"
     # A writer that stays until all of them have opened it.
     with source.open("wb"):
         await eventually(lambda: not any(copy_threads(tmp_path / str(number)) for number in range(total)))

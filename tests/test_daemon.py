@@ -415,6 +415,7 @@ async def test_a_config_that_is_gone_changes_nothing(lab: Lab) -> None:
         lab.make_due(daemon)
         await daemon.wait_for("snapshot taken", times=2)
         await daemon.stop()
+    assert [run["outcome"] for run in lab.history()] == ["succeeded"] * 2
 
 
 async def test_a_config_that_hangs_when_read_delays_no_sigterm(lab: Lab) -> None:
@@ -621,6 +622,7 @@ async def test_the_daemon_goes_on_when_the_reader_of_its_log_goes_away(lab: Lab)
             lab.make_due(daemon)
             await lab.recorded(times)
         await daemon.stop()
+    assert [run["outcome"] for run in lab.history()] == ["succeeded"] * 3
 
 
 async def test_the_daemon_goes_on_when_nobody_reads_its_log(lab: Lab) -> None:
@@ -635,5 +637,6 @@ async def test_the_daemon_goes_on_when_nobody_reads_its_log(lab: Lab) -> None:
         lab.make_due(daemon)
         await lab.recorded(2)
         await daemon.stop()
+    assert [run["outcome"] for run in lab.history()] == ["succeeded"] * 2
     os.close(writer)
     os.close(reader)

@@ -96,6 +96,8 @@ def test_children_of_the_holder_do_not_hold_it(tmp_path: Path) -> None:
     lock = StateLock.acquire(tmp_path, "daemon")
     with subprocess.Popen(["sleep", "60"], close_fds=False) as child:
         lock.release()
+        assert child.poll() is None
+        assert lock_owner(tmp_path) is None
         StateLock.acquire(tmp_path, "daemon").release()
         child.kill()
 

@@ -10,7 +10,7 @@ from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, InstanceNotFound
 from hypemand.core.model import Freezer, InstanceId, InstanceState, SnapshotKind
-from hypemand.state.codec import encode_line
+from hypemand.state.codec import decode_schedule, encode_line
 from hypemand.state.files import Disk
 from hypemand.state.runlog import read_log
 from tests.disks import FaultyDisk
@@ -494,6 +494,36 @@ async def test_max_count_one_keeps_one_as_the_plan_says(tmp_path: Path, autojump
         await trio.sleep(3 * 3600 + 60)
         assert len(w.backend.names("web-1")) == 1
         assert w.schedule("web-1").last_snapshot_id in w.backend.machines[WEB].snapshots
+
+
+async def test_what_the_file_names_as_the_last_snapshot_is_pruned_at_no_moment(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1)) as w:
+        await trio.sleep(60)
+        before = w.backend.names("web-1")[0]
+        w.backend.fail("delete_snapshot", before)
+        await trio.sleep(3600)
+        assert w.backend.times("delete_snapshot", before), "it is being deleted now"
+        (file,) = (tmp_path / "schedules").glob("*.json")
+        named = decode_schedule(file.read_bytes(), WEB).last_snapshot_id
+        assert w.backend.machines[WEB].snapshots[named or ""].name != before
+
+
+async def test_the_last_snapshot_stays_while_its_successor_cannot_be_written_down(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    disk = FaultyDisk()
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1), disk=disk) as w:
+        await trio.sleep(60)
+        (before,) = w.backend.names("web-1")
+        disk.fail("replace")
+        await trio.sleep(3600)
+        assert len(w.outcomes()) == 2
+        assert before in w.backend.names("web-1")
+        disk.heal()
+        await trio.sleep(3600)
+        assert len(w.backend.names("web-1")) == 1
 
 
 async def test_a_failed_run_prunes_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:

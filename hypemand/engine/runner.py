@@ -278,10 +278,17 @@ class Runner:
 
     async def _prune(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
         assert progress.snapshot is not None
-        current = self._means.store.schedules.get(schedule.instance_id)
-        if current is not None:  # of a schedule that was taken out meanwhile all snapshots stay
-            # It is the last good one now, and the one before it no longer is.
-            await self._means.pruner.prune(backend, current, {progress.snapshot.id}, progress.pruning)
+        store, taken = self._means.store, progress.snapshot.id
+        current = store.schedules.get(schedule.instance_id)
+        if current is None:
+            return  # of a schedule that was taken out meanwhile all snapshots stay
+        protected = {taken, current.last_snapshot_id or ""}
+        if not current.retention.keeps_everything:
+            # It becomes the last good one before anything goes: at no moment is the one that the file names pruned.
+            await self._means.recorder.put(evolve(current, last_snapshot_id=taken))
+            if schedule.instance_id not in store.unsaved:
+                protected = {taken}
+        await self._means.pruner.prune(backend, current, protected, progress.pruning)
 
     async def _conclude(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
         if progress.started is not None and progress.snapshot is None:
