@@ -238,6 +238,8 @@ def snapshots(options: argparse.Namespace) -> int:
         _print_json([snapshot_document(snapshot) for snapshot in listed])
     else:
         show(snapshots_table(listed, SystemClock().now()))
+        if options.instance and any(snapshot.restore for snapshot in listed) and sys.stderr.isatty():
+            _warn([f"the way back to each of them: hypemand snapshots {options.instance} --json"])
     return FAILED if unknown and options.instance else OK
 
 

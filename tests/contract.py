@@ -6,6 +6,7 @@ A backend gets its own `Subject` here, and an entry in `SUBJECTS`.
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,12 +106,13 @@ async def embedded_subject(directory: Path) -> AsyncIterator[Subject]:
 class QemuSubject:
     """A real QEMU; the operator has a monitor of their own, and unreachable is one whose socket file is missing."""
 
-    def __init__(self, directory: Path, guest: Guest) -> None:
+    def __init__(self, directory: Path, guest: Guest, mode: str) -> None:
         self._guest = guest
         self.instance = guest.instance_id
         self.catalog = directory / "catalog"
         self.surroundings = Surroundings(directory / "state")
         connection = {"type": "qemu", "socket": str(guest.socket_template), "snapshot_dir": str(self.catalog)}
+        connection["mode"] = mode
         self.backend = registry.connect("vms", connection, self.surroundings)
         self.slow_backend = self.backend
 
@@ -131,9 +133,9 @@ class QemuSubject:
 
 
 @asynccontextmanager
-async def qemu_subject(directory: Path) -> AsyncIterator[Subject]:
+async def qemu_subject(directory: Path, mode: str = "internal") -> AsyncIterator[Subject]:
     async with running_guest(directory, wait=False) as guest:
-        subject = QemuSubject(directory, guest)
+        subject = QemuSubject(directory, guest, mode)
         await subject.backend.open(first_use=True)
         yield subject
 
@@ -142,4 +144,5 @@ SubjectMaker = Callable[[Path], AbstractAsyncContextManager[Subject]]
 SUBJECTS = [
     pytest.param(embedded_subject, id="embedded"),
     pytest.param(qemu_subject, id="qemu", marks=pytest.mark.qemu),
+    pytest.param(partial(qemu_subject, mode="background"), id="qemu-background", marks=pytest.mark.qemu),
 ]

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from hypemand.backends.base import (
     BackendUnavailable,
     Capabilities,
     Captured,
+    CaptureFailed,
     CaptureRequest,
     InstanceNotFound,
     InvalidState,
     Preparation,
+    Room,
     Settled,
     Status,
 )
@@ -59,10 +61,13 @@ class FakeClock:
 
 @define
 class FakeInstance:
+    """A guest. *saving*: ids of unpublished snapshots that are not whole yet."""
+
     state: InstanceState = InstanceState.RUNNING
     paused_by_us: bool = False
     snapshots: dict[str, Snapshot] = field(factory=dict)
     unpublished: dict[str, Snapshot] = field(factory=dict)
+    saving: set[str] = field(factory=set)
 
 
 @define
@@ -81,8 +86,15 @@ class FakeBackend:
     Attributes:
         frozen: Instances that stand still now, by hypemand or in the hypervisor's own capture.
         calls: Every call with the time it was made, for asserting order and lateness.
-        marks: Whether it knows its own pauses from an operator's; else `settle` goes by *ours*.
+        marks: Whether it knows its own pauses from an operator's; else `pause` takes any, and `settle` goes by *ours*.
         abandoned: Captures that go on in the hypervisor though their caller is gone.
+        complete_s: How long `complete` takes, or None where `capture` does all there is to do.
+        size_bytes, whole_bytes: Of a snapshot after `capture`, and after a `complete` that takes time.
+        measured_s: The freeze as the hypervisor itself measures it, where the engine freezes; told by `capture`.
+        measured_late_s: The same, told by `complete`.
+        rooms, prepared_as, warnings: Parts of every `Preparation`. *captured_warnings*: those of every `Captured`,
+            *completed_warnings*: those that `complete` has instead.
+        requests: What `pause` and `capture` were asked for, with the call's name.
     """
 
     clock: FakeClock
@@ -90,6 +102,7 @@ class FakeBackend:
     freezes: Freezer = Freezer.ENGINE
     abortable: bool = True
     capture_s: float = 1.0
+    complete_s: float | None = None
     kinds: frozenset[SnapshotKind] = frozenset(SnapshotKind)
     machines: dict[InstanceId, FakeInstance] = field(factory=dict)
     faults: dict[tuple[str, str], Fault] = field(factory=dict)
@@ -98,7 +111,18 @@ class FakeBackend:
     longest_frozen: float = 0.0
     capturing: int = 0
     most_capturing: int = 0
-    needed_bytes: int = 100
+    completing: int = 0
+    most_completing: int = 0
+    size_bytes: int = 100
+    whole_bytes: int = 1000
+    measured_s: float | None = None
+    measured_late_s: float | None = None
+    rooms: tuple[Room, ...] = (Room(Path("/fake"), 100),)
+    prepared_as: Freezer | None = None
+    warnings: tuple[str, ...] = ()
+    captured_warnings: tuple[str, ...] = ()
+    completed_warnings: tuple[str, ...] | None = None
+    requests: list[tuple[str, CaptureRequest]] = field(factory=list)
     taken_names: set[str] = field(factory=set)
     abandoned: dict[str, float] = field(factory=dict)
     marks: bool = True
@@ -140,11 +164,17 @@ class FakeBackend:
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
         await self._called("prepare", instance)
         names = {s.name for s in self._machine(instance).snapshots.values()}
-        return Preparation(self.needed_bytes, Path("/fake"), names | self.taken_names)
+        return Preparation(self.rooms, names | self.taken_names, self.prepared_as, self.warnings)
 
-    async def pause(self, instance: InstanceId) -> None:
+    async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
+        self.requests.append(("pause", request))
         machine = self._machine(instance)
-        if machine.state is InstanceState.RUNNING:
+        if machine.state not in (InstanceState.RUNNING, InstanceState.PAUSED):
+            raise InvalidState(f"instance is {machine.state}")
+        if machine.state is InstanceState.PAUSED and self.marks and not machine.paused_by_us:
+            raise InvalidState("instance is paused by somebody else")
+        refused = isinstance(self._error("pause", instance), (CaptureFailed, InvalidState))
+        if machine.state is InstanceState.RUNNING and not refused:
             machine.state, machine.paused_by_us = InstanceState.PAUSED, True
             self._freeze(instance)
         await self._called("pause", instance)
@@ -158,18 +188,26 @@ class FakeBackend:
         self._thaw(instance)
 
     async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
+        self.requests.append(("capture", request))
+        state = self._machine(instance).state
+        if request.freezes is Freezer.ENGINE and state is InstanceState.RUNNING:
+            raise AssertionError("the engine was to freeze the guest, and it runs")
         self.capturing += 1
         self.most_capturing = max(self.most_capturing, self.capturing)
-        by_itself = self.freezes is Freezer.HYPERVISOR and self._machine(instance).state is InstanceState.RUNNING
+        by_itself = request.freezes is Freezer.HYPERVISOR and state is InstanceState.RUNNING
         began = trio.current_time()
         try:
             if by_itself:
                 self._freeze(instance)
             await self._called("capture", instance)
             await trio.sleep(self.capture_s)
-            snapshot = _snapshot(instance, request)
-            self._machine(instance).unpublished[request.run_id] = snapshot
-            return Captured(snapshot, trio.current_time() - began if by_itself else None)
+            snapshot = _snapshot(instance, request, self.size_bytes)
+            machine = self._machine(instance)
+            machine.unpublished[request.run_id] = snapshot
+            if self.complete_s is not None:
+                machine.saving.add(request.run_id)
+            freeze_s = trio.current_time() - began if by_itself else self.measured_s
+            return Captured(snapshot, freeze_s, self.captured_warnings)
         except trio.Cancelled:
             if not self.abortable:
                 self.abandoned[request.run_id] = began + self.capture_s
@@ -179,9 +217,28 @@ class FakeBackend:
             if by_itself:
                 self._thaw(instance)
 
+    async def complete(self, captured: Captured) -> Captured:
+        snapshot = captured.snapshot
+        machine = self._machine(snapshot.instance_id)
+        self.completing += 1
+        self.most_completing = max(self.most_completing, self.completing)
+        try:
+            await self._called("complete", snapshot.instance_id)
+            if self.complete_s is None:
+                return captured
+            await trio.sleep(self.complete_s)
+        finally:
+            self.completing -= 1
+        machine.saving.remove(snapshot.id)
+        whole = machine.unpublished[snapshot.id] = evolve(snapshot, size_bytes=self.whole_bytes)
+        warnings = captured.warnings if self.completed_warnings is None else self.completed_warnings
+        return Captured(whole, self.measured_late_s or captured.freeze_s, warnings)
+
     async def publish(self, snapshot: Snapshot) -> None:
         await self._called("publish", snapshot.instance_id)
         machine = self._machine(snapshot.instance_id)
+        if snapshot.id in machine.saving:
+            raise AssertionError("published before it was complete")
         machine.snapshots[snapshot.id] = machine.unpublished.pop(snapshot.id, snapshot)
 
     async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
@@ -203,6 +260,7 @@ class FakeBackend:
             machine.state, machine.paused_by_us = InstanceState.RUNNING, False
             self._thaw(run.instance_id)
         machine.unpublished.pop(run.run_id, None)
+        machine.saving.discard(run.run_id)
         return Settled(machine.snapshots.get(run.run_id), resumed)
 
     async def aclose(self) -> None:
@@ -213,7 +271,7 @@ class FakeBackend:
         await trio.lowlevel.checkpoint()
         if self.unavailable:
             raise BackendUnavailable("connection refused")
-        fault = self.faults.get((call, instance)) or self.faults.get((call, "*"))
+        fault = self._fault(call, instance)
         if fault is None:
             return
         if fault.times is not None:
@@ -224,6 +282,16 @@ class FakeBackend:
             await trio.sleep_forever()
         assert fault.error is not None
         raise fault.error
+
+    def _fault(self, call: str, instance: str) -> Fault | None:
+        return self.faults.get((call, instance)) or self.faults.get((call, "*"))
+
+    def _error(self, call: str, instance: str) -> Exception | None:
+        """What the next such call raises."""
+        fault = self._fault(call, instance)
+        if fault is None or (fault.times is not None and fault.times <= 0):
+            return None
+        return fault.error
 
     def _machine(self, instance: InstanceId) -> FakeInstance:
         if instance not in self.machines:
@@ -249,14 +317,14 @@ class FakeBackend:
         return [s.name for s in sorted(held, key=lambda s: (s.created_at, s.id))]
 
 
-def _snapshot(instance: InstanceId, request: CaptureRequest) -> Snapshot:
+def _snapshot(instance: InstanceId, request: CaptureRequest, size_bytes: int) -> Snapshot:
     return Snapshot(
         id=request.run_id,
         instance_id=instance,
         name=request.name,
         kind=request.kind,
         created_at=request.created_at,
-        size_bytes=100,
+        size_bytes=size_bytes,
         tags=request.tags,
     )
 
@@ -276,10 +344,15 @@ def seeded_snapshot(instance: str, number: int, created_at: datetime, tags: Mapp
 
 @define
 class FakeRoom:
-    """A filesystem with so much room."""
+    """A filesystem with so much room, and *others* by the paths on them. It hangs so many times before it answers."""
 
     free_bytes: int = 10**12
+    others: dict[Path, Filesystem] = field(factory=dict)
+    hangs: int = 0
 
     async def measure(self, path: Path) -> Filesystem:
         await trio.lowlevel.checkpoint()
-        return Filesystem(1, self.free_bytes)
+        if self.hangs:
+            self.hangs -= 1
+            await trio.sleep_forever()
+        return self.others.get(path) or Filesystem(1, self.free_bytes)

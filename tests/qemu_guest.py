@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -109,9 +109,18 @@ def run_img(*args: str | Path) -> str:
     return subprocess.run(["qemu-img", *args], check=True, capture_output=True, text=True).stdout
 
 
-def blockdev(node: str, file: Path) -> list[str]:
-    """Arguments for one more writable qcow2 disk."""
-    spec = {"driver": "qcow2", "node-name": node, "file": {"driver": "file", "filename": str(file)}}
+def blockdev(node: str, file: Path, *, fails: Mapping[str, int] | None = None, once: bool = False) -> list[str]:
+    """Arguments for one more writable qcow2 disk.
+
+    Args:
+        fails: Error number by the event of QEMU's blkdebug driver after which the disk fails with it.
+        once: Whether it fails for one request alone.
+    """
+    below: dict[str, Any] = {"driver": "file", "filename": str(file)}
+    if fails:
+        errors = [{"event": event, "errno": number, "once": once} for event, number in fails.items()]
+        below = {"driver": "blkdebug", "image": below, "inject-error": errors}
+    spec = {"driver": "qcow2", "node-name": node, "file": below}
     return ["-blockdev", json.dumps(spec), "-device", f"virtio-blk-pci,drive={node}"]
 
 
@@ -131,6 +140,10 @@ async def running_guest(
     filled: bool = False,
     loadvm: str | None = None,
     wait: bool = True,
+    reboots: bool = False,
+    fails: Mapping[str, int] | None = None,
+    fails_once: bool = True,
+    before: Sequence[str] = (),
     extra: Sequence[str] = (),
 ) -> AsyncIterator[Guest]:
     """A guest that ticks, until the end of the block.
@@ -141,6 +154,9 @@ async def running_guest(
         filled: Whether its RAM has no zero pages, so that a save takes a while.
         loadvm: Snapshot to start from, instead of booting.
         wait: Whether to wait until it ticks, or only until QEMU answers.
+        reboots: Whether a reset boots it again, instead of ending QEMU.
+        fails, fails_once: As for `blockdev`, of its own disk; such a guest stops at every failed write.
+        before: Arguments for disks that come before its own: the first holds the memory of snapshots.
         extra: More arguments for QEMU.
     """
     require_qemu()
@@ -152,10 +168,11 @@ async def running_guest(
         sockets = [template.parent.with_name(instance_id) / name for name in ("qmp.sock", "test.sock")]
         command = [
             *("qemu-system-x86_64", "-nodefaults", "-accel", "tcg", "-machine", "pc", "-m", str(memory_mb)),
-            *("-display", "none", "-no-reboot", "-serial", f"file:{log}"),
+            *("-display", "none", "-serial", f"file:{log}", *(() if reboots else ("-no-reboot",))),
             *(part for socket in sockets for part in ("-qmp", f"unix:{socket},server=on,wait=off")),
-            *blockdev("disk0", disk)[:3],
-            "virtio-blk-pci,drive=disk0,bootindex=0",
+            *before,
+            *blockdev("disk0", disk, fails=fails, once=fails_once)[:3],
+            f"virtio-blk-pci,drive=disk0,bootindex=0{',werror=stop' if fails else ''}",
             *(("-loadvm", loadvm) if loadvm else ()),
             *extra,
         ]

@@ -8,7 +8,17 @@ from attrs import fields_dict
 from hypothesis import strategies as st
 
 from hypemand.core.cadence import MIN_INTERVAL
-from hypemand.core.model import InstanceId, ManagedBy, Retention, Schedule, Settings, Snapshot, SnapshotKind
+from hypemand.core.model import (
+    InstanceId,
+    ManagedBy,
+    RestoreAction,
+    RestoreStep,
+    Retention,
+    Schedule,
+    Settings,
+    Snapshot,
+    SnapshotKind,
+)
 from hypemand.core.naming import PREFIX_MAX, TAG_KEY_MAX, TAG_VALUE_MAX, scheduled_tags
 
 NOW = datetime(2026, 3, 9, 1, tzinfo=UTC)
@@ -117,10 +127,15 @@ def schedules() -> st.SearchStrategy[Schedule]:
     )
 
 
+def restore_steps() -> st.SearchStrategy[tuple[RestoreStep, ...]]:
+    steps = st.builds(RestoreStep, st.sampled_from(RestoreAction), st.text(max_size=40))
+    return st.lists(steps, max_size=3).map(tuple)
+
+
 def snapshots(instance: InstanceId = WEB, now: datetime = NOW) -> st.SearchStrategy[Snapshot]:
     """Scheduled snapshots of *instance*, minutes apart and often at the same one, some of them ahead of *now*."""
     return st.builds(
-        lambda number, minutes, kind: Snapshot(
+        lambda number, minutes, kind, restore: Snapshot(
             id=f"run-{number}",
             instance_id=instance,
             name=f"scheduled-{number}",
@@ -128,10 +143,12 @@ def snapshots(instance: InstanceId = WEB, now: datetime = NOW) -> st.SearchStrat
             created_at=now - timedelta(minutes=minutes),
             size_bytes=number,
             tags=scheduled_tags(instance, {}),
+            restore=restore,
         ),
         st.integers(0, 999),
         st.integers(-15, 60) | st.integers(-(10**6), 10**6),
         st.sampled_from(SnapshotKind),
+        restore_steps(),
     )
 
 

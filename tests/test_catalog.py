@@ -13,8 +13,8 @@ from structlog.typing import EventDict
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.catalog import FORMAT, MANIFEST, MARKER, Catalog, Manifest
-from hypemand.core.model import InstanceId, SnapshotKind
-from tests.strategies import NOW, WEB, extras, instance_ids, instants, int64s, json_values, metadata
+from hypemand.core.model import InstanceId, RestoreAction, RestoreStep, SnapshotKind
+from tests.strategies import NOW, WEB, extras, instance_ids, instants, int64s, json_values, metadata, restore_steps
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def manifests() -> st.SearchStrategy[Manifest]:
         size_bytes=int64s,
         files=st.dictionaries(st.text(max_size=12), int64s, max_size=3),
         hypervisor=words,
-        restore=st.text(max_size=40),
+        restore=restore_steps(),
         details=st.dictionaries(st.text(max_size=8), json_values(), max_size=3),
         extra=extras(Manifest),
     )
@@ -100,6 +100,17 @@ def test_a_snapshot_is_listed_with_its_payload_once_it_is_published(
     assert (catalog.root / WEB / "run-1" / "disk").read_bytes() == b"bytes"
     assert not partial.exists()
     assert catalog.draft(WEB, "run-1") is None
+
+
+def test_a_snapshot_comes_with_the_way_back_to_it(catalog: Catalog) -> None:
+    steps = (RestoreStep(RestoreAction.RUN, "cp 'a b' c"), RestoreStep(RestoreAction.MONITOR, "cont"))
+    drafted(catalog, evolve(manifest_of(), restore=steps))
+    catalog.publish(WEB, "run-1")
+    found = catalog.find(WEB, "run-1")
+    assert found is not None
+    assert found.snapshot().restore == steps
+    document = orjson.loads((catalog.home(WEB, "run-1") / MANIFEST).read_bytes())
+    assert document["restore"][1] == {"action": "monitor", "command": "cont"}
 
 
 def test_publishing_is_idempotent(catalog: Catalog) -> None:

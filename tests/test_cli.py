@@ -1,5 +1,6 @@
 """Every command as its user meets it: what it prints where, and how it ends."""
 
+import json
 import os
 import pty
 import re
@@ -246,8 +247,9 @@ RUN_KEYS = {
     "missed",
     "pruned",
     "error",
+    "warnings",
 }
-SNAPSHOT_KEYS = {"id", "instance_id", "name", "kind", "created_at", "size_bytes", "tags"}
+SNAPSHOT_KEYS = {"id", "instance_id", "name", "kind", "created_at", "size_bytes", "tags", "restore"}
 
 
 async def test_status_as_json_has_stable_keys(used: Lab) -> None:
@@ -321,6 +323,35 @@ async def test_snapshots_and_history_as_json_have_stable_keys(used: Lab) -> None
     assert all(re.fullmatch(r"nightly-\d{8}-\d{6}", snapshot["name"]) for snapshot in snapshots)
 
 
+async def test_snapshots_as_json_have_the_commands_that_bring_them_back(used: Lab, tmp_path: Path) -> None:
+    lab = used.copy_to(tmp_path / "copy")
+    home = used.root / "instances" / "web-1"
+    snapshot = (await on(lab, "snapshots", "web-1", "--json")).json[-1]
+    assert [step.keys() for step in snapshot["restore"]] == [{"action", "command"}] * 2
+    assert [step["action"] for step in snapshot["restore"]] == ["run", "run"]
+    for step, name in zip(snapshot["restore"], ("memory", "disk"), strict=True):
+        kept = used.root / "snapshots" / "web-1" / snapshot["id"] / name
+        assert step["command"].split() == ["cp", "--sparse=always", str(kept), str(home / name)]
+
+
+async def test_what_the_last_run_warned_of_is_told_and_is_no_error(used: Lab, tmp_path: Path) -> None:
+    lab = used.copy_to(tmp_path / "copy")
+    *before, last = (lab.state / "runs.jsonl").read_text().splitlines()
+    run = json.loads(last) | {"warnings": ["frozen for\x1b[2J its memory", "and more"]}
+    (lab.state / "runs.jsonl").write_text("\n".join([*before, json.dumps(run), ""]))
+    document = (await on(lab, "status", "--json")).json
+    assert document["warnings"] == [f"web-1: last run: {warning}" for warning in run["warnings"]]
+    (web,) = (view for view in document["instances"] if view["instance_id"] == "web-1")
+    assert web["last_run"]["warnings"] == run["warnings"]
+    assert (document["problems"], "last_error" in web["schedule"]) == ([], False)
+    shown = await on(lab, "status")
+    assert "warning: web-1: last run: frozen for [2J its memory\n" in shown.stderr
+    assert "warning: web-1: last run: and more\n" in shown.stderr
+    assert "last error" not in shown.stderr
+    assert (await on(lab, "history", "--json")).json[-1]["warnings"] == run["warnings"]
+    assert (await on(lab, "status", "web-2", "--json")).json["warnings"] == []
+
+
 async def test_plan_tells_what_will_be_pruned_and_why(used: Lab) -> None:
     told = await on(used, "plan", "--for", "2h", "--json")
     assert told.status == 0
@@ -377,6 +408,31 @@ def test_on_a_terminal_a_report_is_a_table(used: Lab) -> None:
     assert "─" in shown
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert len(re.findall("succeeded", plain)) == RUNS
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [(("web-1",), True), ((), False), (("web-2",), False), (("web-1", "--json"), False)],
+)
+def test_on_a_terminal_somebody_who_asks_for_one_instance_is_told_of_the_way_back(
+    used: Lab, args: tuple[str, ...], told: bool
+) -> None:
+    ours, its = pty.openpty()
+    with subprocess.Popen(
+        command("snapshots", "-c", used.config, *args), stdout=subprocess.DEVNULL, stderr=its, env=environment()
+    ) as process:
+        os.close(its)
+        shown = read_all(ours)
+        os.close(ours)
+    assert process.returncode == 0
+    assert ("hypemand snapshots web-1 --json" in shown) is told
+    assert shown.count("\n") == told
+
+
+async def test_in_a_pipe_nobody_is_told_of_the_way_back(used: Lab) -> None:
+    told = await on(used, "snapshots", "web-1")
+    assert (told.status, told.stderr) == (0, "")
+    assert len(told.stdout.splitlines()) == 3
 
 
 def read_all(descriptor: int) -> str:

@@ -108,6 +108,7 @@ def finished_lines() -> st.SearchStrategy[RunFinished]:
         missed=st.integers(0, 2**40),
         pruned=st.lists(pruned, max_size=3).map(tuple),
         error=texts,
+        warnings=st.lists(st.text(), max_size=3).map(tuple),
         extra=line_extras(RunFinished),
     )
 
@@ -199,6 +200,7 @@ def test_a_finished_line_is_the_one_of_the_design() -> None:
         freeze_s=0.25,
         pruned=(Pruned("run-0", ("max_count 7: it is number 8", "max_age")),),
         error=None,
+        warnings=("frozen while its memory is saved: no userfaultfd",),
     )
     assert orjson.loads(encode_line(line)) == {
         "event": "finished",
@@ -218,7 +220,22 @@ def test_a_finished_line_is_the_one_of_the_design() -> None:
         "missed": 0,
         "pruned": [{"snapshot_id": "run-0", "reasons": ["max_count 7: it is number 8", "max_age"]}],
         "error": None,
+        "warnings": ["frozen while its memory is saved: no userfaultfd"],
     }
+
+
+def test_a_finished_line_from_before_there_were_warnings_has_none() -> None:
+    line = evolve(finished(1), warnings=("one",))
+    document = orjson.loads(encode_line(line))
+    del document["warnings"]
+    assert decode_line(orjson.dumps(document)) == evolve(line, warnings=())
+
+
+@pytest.mark.parametrize("bad", ["one", [1], {"one": 1}, None])
+def test_warnings_are_a_list_of_texts(bad: object) -> None:
+    document = {**orjson.loads(encode_line(finished(1))), "warnings": bad}
+    with pytest.raises(InvalidInput, match=r"^warnings"):
+        decode_line(orjson.dumps(document))
 
 
 @pytest.mark.parametrize(

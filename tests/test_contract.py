@@ -1,15 +1,17 @@
 """The promises of `Backend`, kept by every backend."""
 
+import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 import trio
+from attrs import evolve
 
 from hypemand.backends import registry
-from hypemand.backends.base import BackendUnavailable, CaptureRequest, InstanceNotFound
+from hypemand.backends.base import BackendUnavailable, Captured, CaptureRequest, InstanceNotFound, InvalidState
 from hypemand.backends.catalog import MARKER
 from hypemand.core.model import (
     Freezer,
@@ -47,6 +49,7 @@ def request_of(subject: Subject, run_id: str = "run-1", at: datetime = THEN) -> 
         kind=SnapshotKind.STANDBY,
         tags=scheduled_tags(subject.instance, {"team": "back end"}),
         created_at=at,
+        freezes=subject.backend.capabilities.freezes,
     )
 
 
@@ -65,24 +68,30 @@ def run_of(subject: Subject, run_id: str = "run-1", at: datetime = THEN) -> RunS
         snapshot_name=request.name,
         tags=request.tags,
         max_freeze_s=30,
-        freezes=subject.backend.capabilities.freezes,
+        freezes=request.freezes,
         boot_id="this-boot",
         connection=subject.backend.connection,
     )
 
 
-async def captured(subject: Subject, run_id: str = "run-1", at: datetime = THEN) -> Snapshot:
-    """A snapshot made as the engine makes it, not yet published."""
+async def captured(subject: Subject, run_id: str = "run-1", at: datetime = THEN) -> Captured:
+    """A capture made as the engine makes it, up to where the guest runs again."""
+    request = request_of(subject, run_id, at)
     if engine_freezes(subject):
-        await subject.backend.pause(subject.instance)
-    made = await subject.backend.capture(subject.instance, request_of(subject, run_id, at))
+        await subject.backend.pause(subject.instance, request)
+    made = await subject.backend.capture(subject.instance, request)
     if engine_freezes(subject):
         await subject.backend.resume(subject.instance)
-    return made.snapshot
+    return made
+
+
+async def completed(subject: Subject, run_id: str = "run-1", at: datetime = THEN) -> Snapshot:
+    """A whole snapshot, not yet published."""
+    return (await subject.backend.complete(await captured(subject, run_id, at))).snapshot
 
 
 async def published(subject: Subject, run_id: str = "run-1", at: datetime = THEN) -> Snapshot:
-    snapshot = await captured(subject, run_id, at)
+    snapshot = await completed(subject, run_id, at)
     await subject.backend.publish(snapshot)
     return snapshot
 
@@ -163,7 +172,7 @@ async def test_an_unreachable_hypervisor_is_unavailable_and_never_an_empty_answe
     with pytest.raises(BackendUnavailable):
         await backend.prepare(instance, SnapshotKind.STANDBY)
     with pytest.raises(BackendUnavailable):
-        await backend.pause(instance)
+        await backend.pause(instance, request_of(subject))
     with pytest.raises(BackendUnavailable):
         await backend.resume(instance)
     with pytest.raises(BackendUnavailable):
@@ -216,7 +225,7 @@ async def test_a_missing_catalog_is_found_before_the_freeze(subject: Subject) ->
 
 
 async def test_pause_freezes_the_guest_and_resume_lets_it_run(subject: Subject) -> None:
-    await subject.backend.pause(subject.instance)
+    await subject.backend.pause(subject.instance, request_of(subject))
     assert not await subject.guest_runs()
     assert (await subject.backend.state(subject.instance)).state is InstanceState.PAUSED
     await subject.backend.resume(subject.instance)
@@ -227,11 +236,20 @@ async def test_pausing_a_paused_guest_and_resuming_a_running_one_is_no_error(sub
     await subject.backend.resume(subject.instance)
     assert await subject.guest_runs()
     for _ in range(2):
-        await subject.backend.pause(subject.instance)
+        await subject.backend.pause(subject.instance, request_of(subject))
         assert not await subject.guest_runs()
     for _ in range(2):
         await subject.backend.resume(subject.instance)
         assert await subject.guest_runs()
+
+
+async def test_an_operators_pause_is_not_taken_for_ours_where_that_can_be_told(subject: Subject) -> None:
+    await subject.operator_pauses()
+    with contextlib.suppress(InvalidState):
+        await subject.backend.pause(subject.instance, request_of(subject))
+    assert not await subject.guest_runs()
+    assert not (await subject.backend.settle(run_of(subject), ours=False)).resumed
+    assert not await subject.guest_runs()
 
 
 # Capture, publish, list, delete
@@ -241,8 +259,9 @@ async def test_preparing_tells_what_is_needed_and_changes_nothing(subject: Subje
     snapshot = await published(subject)
     before = catalog_tree(subject)
     preparation = await subject.backend.prepare(subject.instance, SnapshotKind.STANDBY)
-    assert preparation.needed_bytes > 0
-    assert preparation.path is None or preparation.path.exists()
+    assert all(room.needed_bytes > 0 for room in preparation.rooms)
+    assert all(room.path.exists() for room in preparation.rooms)
+    assert not any(word == "" for word in preparation.warnings)
     assert snapshot.name in preparation.taken_names
     assert catalog_tree(subject) == before
     assert await subject.backend.list_snapshots(subject.instance) == (snapshot,)
@@ -260,6 +279,7 @@ async def test_a_snapshot_is_what_was_asked_for_under_the_id_of_its_run(subject:
         created_at=request.created_at,
         size_bytes=snapshot.size_bytes,
         tags=request.tags,
+        restore=snapshot.restore,
     )
     assert snapshot.size_bytes > 0
     assert await subject.backend.list_snapshots(subject.instance) == (snapshot,)
@@ -271,21 +291,44 @@ async def test_the_guest_runs_after_a_capture(subject: Subject) -> None:
 
 
 async def test_a_capture_tells_the_freeze_where_the_hypervisor_measures_it(subject: Subject) -> None:
-    if engine_freezes(subject):
-        await subject.backend.pause(subject.instance)
-    made = await subject.backend.capture(subject.instance, request_of(subject))
-    assert (made.freeze_s is None) == engine_freezes(subject)
+    made = await captured(subject)
+    whole = await subject.backend.complete(made)
+    assert whole.freeze_s is not None or engine_freezes(subject)
+    assert made.freeze_s in (None, whole.freeze_s)
 
 
 async def test_a_paused_guest_stays_paused_over_a_capture(subject: Subject) -> None:
     await subject.operator_pauses()
-    await subject.backend.capture(subject.instance, request_of(subject))
+    request = request_of(subject)
+    await subject.backend.capture(
+        subject.instance, evolve(request, freezes=None) if engine_freezes(subject) else request
+    )
     assert not await subject.guest_runs()
 
 
-async def test_what_is_not_published_is_not_listed(subject: Subject) -> None:
-    await captured(subject)
+async def test_a_capture_is_not_listed_before_it_is_complete_and_published(subject: Subject) -> None:
+    made = await captured(subject)
     assert await subject.backend.list_snapshots(subject.instance) == ()
+    whole = await subject.backend.complete(made)
+    assert await subject.backend.list_snapshots(subject.instance) == ()
+    await subject.backend.publish(whole.snapshot)
+    assert await subject.backend.list_snapshots(subject.instance) == (whole.snapshot,)
+
+
+async def test_the_guest_runs_while_a_capture_is_completed_and_after(subject: Subject) -> None:
+    made = await captured(subject)
+    assert await subject.guest_runs()
+    whole = await subject.backend.complete(made)
+    assert await subject.guest_runs()
+    assert (whole.snapshot.id, whole.snapshot.name) == (made.snapshot.id, made.snapshot.name)
+
+
+async def test_a_snapshot_says_how_to_get_back_to_it(subject: Subject) -> None:
+    snapshot = await published(subject)
+    (listed,) = await subject.backend.list_snapshots(subject.instance)
+    assert listed.restore == snapshot.restore != ()
+    assert all(step.command.strip() == step.command != "" for step in listed.restore)
+    assert any(snapshot.id in step.command or snapshot.name in step.command for step in listed.restore)
 
 
 async def test_publishing_twice_is_no_error(subject: Subject) -> None:
@@ -332,10 +375,10 @@ async def test_a_run_may_follow_one_whose_snapshot_was_deleted(subject: Subject)
 async def test_a_cancelled_capture_is_cleared_up_and_the_guest_runs(subject: Subject) -> None:
     kept = await published(subject, "kept", THEN - timedelta(hours=1))
     if engine_freezes(subject):
-        await subject.backend.pause(subject.instance)
+        await subject.backend.pause(subject.instance, request_of(subject))
     with trio.move_on_after(0.2) as scope:
         await subject.slow_backend.capture(subject.instance, request_of(subject))
-    if subject.backend.capabilities.abortable:
+    if subject.slow_backend is not subject.backend:
         assert scope.cancelled_caught
     settled = await subject.backend.settle(run_of(subject), ours=engine_freezes(subject))
     assert await subject.guest_runs()
@@ -346,12 +389,32 @@ async def test_a_cancelled_capture_is_cleared_up_and_the_guest_runs(subject: Sub
 
 
 async def test_the_next_run_succeeds_after_a_cancelled_one_was_settled(subject: Subject) -> None:
+    if engine_freezes(subject):
+        await subject.backend.pause(subject.instance, request_of(subject))
     with trio.move_on_after(0.2):
         await subject.slow_backend.capture(subject.instance, request_of(subject))
+    if engine_freezes(subject):
+        await subject.backend.resume(subject.instance)
     settled = await subject.backend.settle(run_of(subject), ours=False)
     later = await published(subject, "run-2", THEN + timedelta(hours=1))
     found = (later,) if settled.snapshot is None else (settled.snapshot, later)
     assert await subject.backend.list_snapshots(subject.instance) == found
+
+
+async def test_a_capture_whose_completion_was_cancelled_is_cleared_up(subject: Subject) -> None:
+    kept = await published(subject, "kept", THEN - timedelta(hours=1))
+    made = await captured(subject)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await subject.backend.complete(made)
+    settled = await subject.backend.settle(run_of(subject), ours=False)
+    assert not settled.resumed
+    assert await subject.guest_runs()
+    assert leftovers(subject) == []
+    found = (kept,) if settled.snapshot is None else (kept, settled.snapshot)
+    assert await subject.backend.list_snapshots(subject.instance) == found
+    later = await published(subject, "run-2", THEN + timedelta(hours=1))
+    assert await subject.backend.list_snapshots(subject.instance) == (*found, later)
 
 
 async def test_settling_adopts_the_published_snapshot_of_the_run(subject: Subject) -> None:
@@ -363,8 +426,11 @@ async def test_settling_adopts_the_published_snapshot_of_the_run(subject: Subjec
     assert await subject.backend.list_snapshots(subject.instance) == (snapshot,)
 
 
-async def test_settling_lists_an_unpublished_snapshot_or_removes_it(subject: Subject) -> None:
-    await captured(subject)
+@pytest.mark.parametrize("make", [captured, completed])
+async def test_settling_lists_an_unpublished_snapshot_or_removes_it(
+    subject: Subject, make: Callable[[Subject], Awaitable[object]]
+) -> None:
+    await make(subject)
     settled = await subject.backend.settle(run_of(subject), ours=False)
     found = () if settled.snapshot is None else (settled.snapshot,)
     assert await subject.backend.list_snapshots(subject.instance) == found
@@ -382,7 +448,7 @@ async def test_settling_a_run_that_left_nothing_finds_nothing(subject: Subject) 
 
 async def test_settling_resumes_a_guest_that_the_run_froze(subject: Subject) -> None:
     if engine_freezes(subject):
-        await subject.backend.pause(subject.instance)
+        await subject.backend.pause(subject.instance, request_of(subject))
     settled = await subject.backend.settle(run_of(subject), ours=True)
     assert settled.resumed == engine_freezes(subject)
     assert settled.freeze_s is None or settled.freeze_s >= 0

@@ -1,7 +1,8 @@
 """What the embedded backend promises beyond the contract."""
 
 import json
-from collections.abc import Mapping
+import subprocess
+from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from hypemand.backends.base import (
 )
 from hypemand.backends.embedded import EmbeddedBackend
 from hypemand.backends.embedded_guests import MARK
-from hypemand.core.model import InstanceId, InstanceState, RunStarted, SnapshotKind, Trigger
+from hypemand.core.model import Freezer, InstanceId, InstanceState, RestoreAction, RunStarted, SnapshotKind, Trigger
 from tests.strategies import NOW, WEB
 
 MIB = 1 << 20
@@ -59,7 +60,14 @@ def say(root: Path, document: Mapping[str, Any]) -> None:
 
 
 def request_of(kind: SnapshotKind = SnapshotKind.STANDBY) -> CaptureRequest:
-    return CaptureRequest(run_id="run-1", name="nightly-1", kind=kind, tags={"team": "a"}, created_at=NOW)
+    return CaptureRequest(
+        run_id="run-1",
+        name="nightly-1",
+        kind=kind,
+        tags={"team": "a"},
+        created_at=NOW,
+        freezes=Freezer.ENGINE if kind is SnapshotKind.STANDBY else None,
+    )
 
 
 def run_of(backend: Backend) -> RunStarted:
@@ -171,9 +179,14 @@ async def test_a_state_that_can_not_be_understood_is_unavailable_and_left_as_it_
     root: Path, backend: Backend, content: str
 ) -> None:
     state_file(root).write_text(content)
-    for ask in (backend.state, backend.pause, backend.resume):
+    asked: list[Callable[[], Awaitable[object]]] = [
+        lambda: backend.state(WEB),
+        lambda: backend.pause(WEB, request_of()),
+        lambda: backend.resume(WEB),
+    ]
+    for ask in asked:
         with pytest.raises(BackendUnavailable, match=str(state_file(root))):
-            await ask(WEB)
+            await ask()
     assert state_file(root).read_text() == content
 
 
@@ -185,7 +198,7 @@ async def test_a_directory_without_a_state_is_unavailable(root: Path, backend: B
 
 async def test_a_pause_carries_our_mark_until_the_resume(root: Path, backend: Backend) -> None:
     before = datetime.now(UTC)
-    await backend.pause(WEB)
+    await backend.pause(WEB, request_of())
     document = said(root)
     assert (document["state"], document["paused_by"]) == ("Paused", MARK)
     assert before <= datetime.fromisoformat(document["paused_at"]) <= datetime.now(UTC)
@@ -194,15 +207,19 @@ async def test_a_pause_carries_our_mark_until_the_resume(root: Path, backend: Ba
     assert said(root) == {"state": "Running"}
 
 
-async def test_an_operators_pause_gets_no_mark(root: Path, backend: Backend) -> None:
-    say(root, {"state": "Paused"})
-    await backend.pause(WEB)
-    assert said(root) == {"state": "Paused"}
+@pytest.mark.parametrize("whose", [{}, {"paused_by": "alice"}])
+async def test_an_operators_pause_is_refused_and_gets_no_mark(
+    root: Path, backend: Backend, whose: dict[str, str]
+) -> None:
+    say(root, {"state": "Paused", **whose})
+    with pytest.raises(InvalidState, match="not by hypemand"):
+        await backend.pause(WEB, request_of())
+    assert said(root) == {"state": "Paused", **whose}
 
 
 async def test_keys_that_are_not_known_survive_pause_and_resume(root: Path, backend: Backend) -> None:
     say(root, {"state": "Running", "owner": "alice", "ports": [22, 80]})
-    await backend.pause(WEB)
+    await backend.pause(WEB, request_of())
     assert said(root)["ports"] == [22, 80]
     await backend.resume(WEB)
     assert said(root) == {"state": "Running", "owner": "alice", "ports": [22, 80]}
@@ -214,7 +231,7 @@ async def test_what_does_not_run_is_neither_paused_nor_resumed(
 ) -> None:
     say(root, {"state": word})
     with pytest.raises(InvalidState, match=word):
-        await backend.pause(WEB)
+        await backend.pause(WEB, request_of())
     with pytest.raises(InvalidState, match=word):
         await backend.resume(WEB)
     assert said(root) == {"state": word}
@@ -223,7 +240,7 @@ async def test_what_does_not_run_is_neither_paused_nor_resumed(
 async def test_a_cancelled_pause_is_never_written_after_the_resume_that_follows(root: Path, backend: Backend) -> None:
     for turn in range(50):
         with trio.move_on_after(turn / 20_000):
-            await backend.pause(WEB)
+            await backend.pause(WEB, request_of())
         await backend.resume(WEB)
         assert said(root) == {"state": "Running"}
     await trio.to_thread.run_sync(lambda: None)
@@ -235,7 +252,7 @@ async def test_a_pause_that_was_cancelled_before_it_began_never_begins(root: Pat
     lock = backend._locks[WEB]
     with lock:  # as a write on a hung filesystem holds it
         with trio.move_on_after(0.1) as scope:
-            await backend.pause(WEB)
+            await backend.pause(WEB, request_of())
         assert scope.cancelled_caught
         assert backend._limiter.borrowed_tokens == 1
     with trio.fail_after(10):
@@ -250,7 +267,7 @@ async def test_instances_are_paused_and_resumed_at_the_same_time(root: Path) -> 
     await backend.open(first_use=True)
     async with trio.open_nursery() as nursery:
         for name in names:
-            nursery.start_soon(backend.pause, name)
+            nursery.start_soon(backend.pause, name, request_of())
     assert {(await backend.state(name)).state for name in names} == {InstanceState.PAUSED}
 
 
@@ -274,12 +291,48 @@ async def test_a_stopped_snapshot_holds_the_disk_alone(root: Path, backend: Back
     assert {path.name for path in (root / "snapshots" / WEB / "run-1").iterdir()} == {"disk", "manifest.json"}
 
 
-async def test_the_manifest_tells_files_hypervisor_and_the_way_back(root: Path, backend: Backend) -> None:
+async def test_the_manifest_tells_files_and_hypervisor(root: Path, backend: Backend) -> None:
     await backend.publish((await backend.capture(WEB, request_of())).snapshot)
     manifest = json.loads((root / "snapshots" / WEB / "run-1" / "manifest.json").read_text())
     assert manifest["files"] == {"memory": MIB, "disk": 2 * MIB}
     assert manifest["hypervisor"] == {"name": "embedded"}
-    assert str(root / "instances" / WEB) in manifest["restore"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "files"), [(SnapshotKind.STANDBY, {"memory", "disk"}), (SnapshotKind.STOPPED, {"disk"})]
+)
+async def test_the_way_back_is_commands_that_bring_back_every_byte(
+    tmp_path: Path, kind: SnapshotKind, files: set[str]
+) -> None:
+    root = tmp_path / "it's a $(root)"
+    backend = build(root, instances={WEB: SMALL})
+    await backend.open(first_use=True)
+    home = root / "instances" / WEB
+    before = {name: (home / name).read_bytes() for name in ("memory", "disk")}
+    made = await backend.complete(await backend.capture(WEB, request_of(kind)))
+    await backend.publish(made.snapshot)
+    (snapshot,) = await backend.list_snapshots(WEB)
+    say(root, {"state": "Stopped", "owner": "alice"})
+    changed = {"memory": b"other", "disk": b"longer than it was" * MIB}
+    for name, content in changed.items():
+        (home / name).write_bytes(content)
+    assert len(snapshot.restore) == len(files)
+    for step in snapshot.restore:
+        assert step.action is RestoreAction.RUN
+        done = subprocess.run(step.command, shell=True, cwd="/", capture_output=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    for name in before:
+        assert (home / name).read_bytes() == (before if name in files else changed)[name]
+    assert said(root) == {"state": "Stopped", "owner": "alice"}
+    assert (await backend.prepare(WEB, kind)).taken_names == {"nightly-1"}
+
+
+async def test_a_capture_has_nothing_left_to_complete(root: Path, backend: Backend) -> None:
+    made = await backend.capture(WEB, request_of())
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        assert await backend.complete(made) == made
+    assert not scope.cancelled_caught
 
 
 @pytest.mark.parametrize(("kind", "size"), [(SnapshotKind.STANDBY, 3 * MIB), (SnapshotKind.STOPPED, 2 * MIB)])
@@ -287,8 +340,10 @@ async def test_preparing_tells_the_size_of_what_will_be_copied(
     root: Path, backend: Backend, kind: SnapshotKind, size: int
 ) -> None:
     preparation = await backend.prepare(WEB, kind)
-    assert size < preparation.needed_bytes < size + MIB
-    assert preparation.path == root / "snapshots"
+    (room,) = preparation.rooms
+    assert size < room.needed_bytes < size + MIB
+    assert room.path == root / "snapshots"
+    assert (preparation.freezes, preparation.warnings) == (None, ())
 
 
 async def test_preparing_without_a_disk_file_names_it(root: Path, backend: Backend) -> None:
@@ -334,7 +389,7 @@ async def test_a_run_that_comes_after_a_cancelled_one_with_the_same_id_is_whole(
 
 @pytest.mark.parametrize("ours", [True, False])
 async def test_the_mark_rules_over_what_the_engine_believes(root: Path, backend: Backend, *, ours: bool) -> None:
-    await backend.pause(WEB)
+    await backend.pause(WEB, request_of())
     settled = await backend.settle(run_of(backend), ours=ours)
     assert settled.resumed
     assert settled.freeze_s is not None
@@ -354,7 +409,7 @@ async def test_the_freeze_is_counted_from_the_mark(root: Path, backend: Backend)
 
 
 async def test_a_guest_is_thawed_though_its_catalog_is_gone(root: Path, backend: Backend) -> None:
-    await backend.pause(WEB)
+    await backend.pause(WEB, request_of())
     (root / "snapshots").rename(root / "elsewhere")
     with pytest.raises(BackendUnavailable):
         await backend.settle(run_of(backend), ours=True)

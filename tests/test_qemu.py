@@ -1,13 +1,12 @@
 """The qemu backend against a real QEMU."""
 
+import errno
 import json
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
-from itertools import count
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,142 +17,56 @@ from attrs import evolve
 
 from hypemand.backends import qmp, registry
 from hypemand.backends.base import (
-    Backend,
     BackendUnavailable,
     CaptureFailed,
-    CaptureRequest,
     InvalidState,
     Settled,
     Status,
     Surroundings,
     Unsupported,
 )
-from hypemand.backends.qemu import QemuBackend
-from hypemand.backends.qemu_disks import check_capturable, dismiss, finished
+from hypemand.backends.qemu.backend import QemuBackend
+from hypemand.backends.qemu.disks import check_capturable
 from hypemand.core.errors import InvalidInput
-from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind, Trigger
-from tests.qemu_guest import TICKER, Guest, blockdev, make_disk, run_img, running_guest
+from hypemand.core.model import InstanceState, SnapshotKind
+from tests.qemu_backend import (
+    TAG,
+    WEB,
+    assert_runs,
+    backend_of,
+    cancel,
+    capture_until_stop,
+    captured,
+    drafts_in,
+    make_backend,
+    marks_in,
+    new_request,
+    opened,
+    operator_job,
+    run_of,
+    settle,
+    tags_on,
+    take,
+)
+from tests.qemu_guest import TICKER, blockdev, make_disk, run_img, running_guest
 
 pytestmark = pytest.mark.qemu
-
-WEB = InstanceId("web-1")
-TAG = "nightly-20261122-010000"
-_numbers = count(1)
-
-
-def backend_of(guest: Guest, tmp_path: Path) -> Backend:
-    return make_backend(guest.socket_template, tmp_path)
-
-
-def make_backend(template: Path, tmp_path: Path) -> Backend:
-    settings = {"type": "qemu", "socket": str(template), "snapshot_dir": str(tmp_path / "catalog")}
-    return registry.connect("vms", settings, Surroundings(tmp_path / "state"))
-
-
-async def opened(guest: Guest, tmp_path: Path) -> Backend:
-    backend = backend_of(guest, tmp_path)
-    await backend.open(first_use=True)
-    return backend
-
-
-def new_request(name: str = TAG) -> CaptureRequest:
-    return CaptureRequest(
-        run_id=f"run-{next(_numbers)}",
-        name=name,
-        kind=SnapshotKind.STANDBY,
-        tags={"team": "backend"},
-        created_at=datetime.now(UTC),
-    )
-
-
-def run_of(request: CaptureRequest, backend: Backend) -> RunStarted:
-    return RunStarted(
-        run_id=request.run_id,
-        instance_id=WEB,
-        backend=backend.name,
-        trigger=Trigger.MANUAL,
-        kind=request.kind,
-        state_before=InstanceState.RUNNING,
-        due_at=request.created_at,
-        next_run_at=request.created_at + timedelta(hours=1),
-        started_at=request.created_at,
-        snapshot_name=request.name,
-        tags=request.tags,
-        max_freeze_s=60,
-        freezes=Freezer.HYPERVISOR,
-        boot_id="",
-        connection=backend.connection,
-    )
-
-
-async def take(backend: Backend, name: str = TAG) -> Snapshot:
-    captured = await backend.capture(WEB, new_request(name))
-    await backend.publish(captured.snapshot)
-    return captured.snapshot
-
-
-async def settle(backend: Backend, request: CaptureRequest) -> Settled:
-    with trio.fail_after(30):
-        return await backend.settle(run_of(request, backend), ours=True)
-
-
-def drafts_in(tmp_path: Path) -> list[Path]:
-    return list(tmp_path.glob("catalog/*/.*"))
-
-
-async def tags_on(guest: Guest) -> dict[str, list[str]]:
-    """Tags by node, as QEMU itself lists them."""
-    nodes = await guest.qmp("query-named-block-nodes", flat=True)
-    return {n["node-name"]: [s["name"] for s in n["image"].get("snapshots", ())] for n in nodes if n["drv"] == "qcow2"}
-
-
-async def operator_job(guest: Guest, command: str, tag: str, *nodes: str, job_id: str = "") -> None:
-    """Save or delete on the test's monitor; a job with a *job_id* is left in QEMU as it is after a cancellation."""
-    arguments: dict[str, Any] = {"vmstate": nodes[0]} if command == "snapshot-save" else {}
-    async with qmp.connect(guest.test_socket) as monitor:
-        await monitor.execute(command, job_id=job_id or "operator", tag=tag, devices=list(nodes), **arguments)
-        with trio.fail_after(30):
-            job = await finished(monitor, job_id or "operator")
-        assert job is not None
-        assert "error" not in job
-        if not job_id:
-            await dismiss(monitor, "operator")
-
-
-async def capture_until_stop(
-    backend: Backend, guest: Guest, request: CaptureRequest, end: Callable[[trio.CancelScope], Awaitable[None]]
-) -> None:
-    """Begin a capture, and call *end* once the guest stands still in it."""
-    async with qmp.connect(guest.test_socket) as monitor, trio.open_nursery() as nursery:
-        nursery.start_soon(backend.capture, guest.instance_id, request)
-        with trio.fail_after(30):
-            await monitor.wait_event("STOP")
-        await end(nursery.cancel_scope)
-
-
-async def cancel(scope: trio.CancelScope) -> None:
-    scope.cancel()
-
-
-async def assert_runs(backend: Backend, guest: Guest) -> None:
-    assert await backend.state(guest.instance_id) == Status(InstanceState.RUNNING)
-    await guest.next_ticks()
 
 
 async def test_a_capture_is_listed_with_its_name_and_tags_and_the_guest_goes_on(tmp_path: Path) -> None:
     async with running_guest(tmp_path, filled=True) as guest:
         backend = await opened(guest, tmp_path)
         request = new_request()
-        captured = await backend.capture(WEB, request)
+        made = await captured(backend, request)
         assert await backend.list_snapshots(WEB) == ()
-        await backend.publish(captured.snapshot)
-        await backend.publish(captured.snapshot)
+        await backend.publish(made.snapshot)
+        await backend.publish(made.snapshot)
         (listed,) = await backend.list_snapshots(WEB)
-        assert listed == captured.snapshot
+        assert listed == made.snapshot
         assert (listed.id, listed.name, listed.tags) == (request.run_id, TAG, {"team": "backend"})
         assert listed.size_bytes > 40 * 1024 * 1024
-        assert captured.freeze_s is not None
-        assert 0 < captured.freeze_s < 30
+        assert made.freeze_s is not None
+        assert 0 < made.freeze_s < 30
         assert await guest.qmp("query-jobs") == []
         await assert_runs(backend, guest)
 
@@ -186,9 +99,10 @@ async def test_prepare_tells_the_room_needed_and_every_name_taken(tmp_path: Path
         await take(backend)
         prepared = await backend.prepare(WEB, SnapshotKind.STANDBY)
         assert set(prepared.taken_names) == {"before-upgrade", TAG}
-        assert prepared.needed_bytes > 64 * 1024 * 1024
-        assert prepared.path is not None
-        assert prepared.path.exists()
+        (room,) = prepared.rooms
+        assert room.needed_bytes > 64 * 1024 * 1024
+        assert room.path == guest.disk
+        assert prepared.warnings == ()
         with pytest.raises(Unsupported):
             await backend.prepare(WEB, SnapshotKind.STOPPED)
 
@@ -202,7 +116,7 @@ async def test_a_writable_raw_disk_is_refused_by_name_before_anything_happens(tm
         with pytest.raises(Unsupported, match=r"data \(.*data\.img, raw\).*qemu-img convert"):
             await backend.prepare(WEB, SnapshotKind.STANDBY)
         with pytest.raises(Unsupported):
-            await backend.capture(WEB, new_request())
+            await captured(backend, new_request())
         assert await tags_on(guest) == {"disk0": []}
 
 
@@ -233,20 +147,27 @@ async def test_states_are_what_the_guest_does_and_an_operators_stop_is_a_pause(t
         await backend.resume(WEB)
         await guest.qmp("stop")
         assert await backend.state(WEB) == Status(InstanceState.PAUSED)
-        await backend.pause(WEB)
+        with pytest.raises(InvalidState, match="somebody else"):
+            await backend.pause(WEB, new_request())
+        assert await backend.state(WEB) == Status(InstanceState.PAUSED)
+        await backend.resume(WEB)
+        assert await backend.state(WEB) == Status(InstanceState.PAUSED)
+        await guest.qmp("cont")
+        request = new_request()
+        await backend.pause(WEB, request)
+        await backend.pause(WEB, request)
         assert await backend.state(WEB) == Status(InstanceState.PAUSED)
         await backend.resume(WEB)
         await assert_runs(backend, guest)
-        await backend.pause(WEB)
-        assert await backend.state(WEB) == Status(InstanceState.PAUSED)
+        assert await marks_in(guest) == []
 
 
 async def test_a_capture_of_a_guest_that_an_operator_paused_leaves_it_paused(tmp_path: Path) -> None:
     async with running_guest(tmp_path) as guest:
         backend = await opened(guest, tmp_path)
         await guest.qmp("stop")
-        captured = await backend.capture(WEB, new_request())
-        assert captured.freeze_s == 0
+        made = await captured(backend, new_request())
+        assert made.freeze_s == 0
         assert await backend.state(WEB) == Status(InstanceState.PAUSED)
 
 
@@ -266,7 +187,7 @@ async def test_a_guest_that_has_not_begun_is_neither_running_nor_resumed(
         with pytest.raises(InvalidState):
             await backend.resume(WEB)
         with pytest.raises(InvalidState):
-            await backend.pause(WEB)
+            await backend.pause(WEB, new_request())
 
 
 async def test_a_state_that_hypemand_has_no_word_for_is_told_in_qemus(tmp_path: Path) -> None:
@@ -338,7 +259,7 @@ async def test_a_run_whose_job_qemu_has_already_fails_and_harms_nothing(tmp_path
         request = new_request()
         await operator_job(guest, "snapshot-save", "other", "disk0", job_id=f"hypemand-{request.run_id}")
         with pytest.raises(CaptureFailed, match="already in use"):
-            await backend.capture(WEB, request)
+            await captured(backend, request)
         assert await tags_on(guest) == {"disk0": ["other"]}
 
 
@@ -368,7 +289,7 @@ async def test_a_name_that_is_taken_fails_and_harms_nothing(tmp_path: Path) -> N
         await operator_job(guest, "snapshot-save", TAG, "disk0")
         request = new_request()
         with pytest.raises(CaptureFailed, match=TAG):
-            await backend.capture(WEB, request)
+            await captured(backend, request)
         assert await tags_on(guest) == {"disk0": [TAG]}
         assert await settle(backend, request) == Settled()
         assert await tags_on(guest) == {"disk0": [TAG]}
@@ -377,21 +298,22 @@ async def test_a_name_that_is_taken_fails_and_harms_nothing(tmp_path: Path) -> N
 
 async def test_a_save_that_fails_in_qemu_leaves_nothing_and_the_guest_runs(tmp_path: Path) -> None:
     second = make_disk(tmp_path / "second.qcow2")
-    file = {"driver": "file", "filename": str(second)}
-    failing = {"driver": "blkdebug", "image": file, "inject-error": [{"event": "cluster_alloc", "errno": 28}]}
-    spec = {"driver": "qcow2", "node-name": "disk1", "file": failing}
-    extra = ["-blockdev", json.dumps(spec), "-device", "virtio-blk-pci,drive=disk1"]
+    extra = blockdev("disk1", second, fails={"cluster_alloc": errno.ENOSPC})
     async with running_guest(tmp_path, extra=extra) as guest:
         backend = await opened(guest, tmp_path)
+        request = new_request()
         with pytest.raises(CaptureFailed, match=r"QEMU: .*disk1"):
-            await backend.capture(WEB, new_request())
+            await captured(backend, request)
+        assert await settle(backend, request) == Settled()
         assert await tags_on(guest) == {"disk0": [], "disk1": []}
         assert await guest.qmp("query-jobs") == []
         assert drafts_in(tmp_path) == []
         await assert_runs(backend, guest)
 
 
-async def test_a_full_catalog_takes_the_snapshot_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_full_catalog_fails_the_run_and_the_snapshot_is_adopted_once_there_is_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with running_guest(tmp_path) as guest:
         backend = await opened(guest, tmp_path)
         assert isinstance(backend, QemuBackend)
@@ -402,11 +324,17 @@ async def test_a_full_catalog_takes_the_snapshot_back(tmp_path: Path, monkeypatc
                 raise OSError(28, "No space left on device")
             write(backend.catalog, manifest)
 
-        monkeypatch.setattr(type(backend.catalog), "write_manifest", write_drafts_only)
-        with pytest.raises(CaptureFailed, match="No space left on device"):
-            await backend.capture(WEB, new_request())
-        assert await tags_on(guest) == {"disk0": []}
+        request = new_request()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(backend.catalog), "write_manifest", write_drafts_only)
+            with pytest.raises(CaptureFailed, match="No space left on device"):
+                await captured(backend, request)
+            with pytest.raises(BackendUnavailable, match="No space left on device"):
+                await settle(backend, request)
         await assert_runs(backend, guest)
+        settled = await settle(backend, request)
+        assert settled.snapshot is not None
+        assert await backend.list_snapshots(WEB) == (settled.snapshot,)
 
 
 async def test_a_cancelled_capture_ends_at_once_and_is_adopted_when_settled(tmp_path: Path) -> None:
@@ -436,7 +364,7 @@ from hypemand.core.model import SnapshotKind
 backend = registry.connect("vms", {dict(backend.connection)!r}, base.Surroundings(Path("/nonexistent")))
 at = datetime.datetime.now(datetime.UTC)
 request = base.CaptureRequest(
-    run_id={request.run_id!r}, name={TAG!r}, kind=SnapshotKind.STANDBY, tags={{}}, created_at=at
+    run_id={request.run_id!r}, name={TAG!r}, kind=SnapshotKind.STANDBY, tags={{}}, created_at=at, freezes=None
 )
 trio.run(backend.capture, {WEB!r}, request)
 """
@@ -468,7 +396,7 @@ async def test_a_snapshot_on_some_disks_only_is_removed_when_settled(tmp_path: P
     async with running_guest(tmp_path, extra=extra) as guest:
         backend = await opened(guest, tmp_path)
         request = new_request()
-        await backend.capture(WEB, request)
+        await captured(backend, request)
         await operator_job(guest, "snapshot-delete", TAG, "disk1")
         assert await settle(backend, request) == Settled()
         assert await settle(backend, request) == Settled()
@@ -480,11 +408,12 @@ async def test_a_tag_older_than_the_run_is_not_its_own(tmp_path: Path) -> None:
     async with running_guest(tmp_path) as guest:
         backend = await opened(guest, tmp_path)
         request = new_request()
-        await backend.capture(WEB, request)
+        await capture_until_stop(backend, guest, request, cancel)
+        await operator_job(guest, "snapshot-save", "other", "disk0")  # returns once the one before it is over
         run = run_of(request, backend)
         settled = await backend.settle(evolve(run, started_at=run.started_at + timedelta(hours=1)), ours=True)
         assert settled == Settled()
-        assert await tags_on(guest) == {"disk0": [TAG]}
+        assert await tags_on(guest) == {"disk0": [TAG, "other"]}
 
 
 async def test_a_disk_that_was_taken_away_is_told_when_settled(tmp_path: Path) -> None:
@@ -492,7 +421,7 @@ async def test_a_disk_that_was_taken_away_is_told_when_settled(tmp_path: Path) -
     request = new_request()
     async with running_guest(tmp_path, extra=blockdev("disk1", second)) as guest:
         backend = await opened(guest, tmp_path)
-        await backend.capture(WEB, request)
+        await captured(backend, request)
     async with running_guest(tmp_path) as guest:
         settled = await settle(backend_of(guest, tmp_path), request)
         assert settled.snapshot is None
@@ -500,7 +429,7 @@ async def test_a_disk_that_was_taken_away_is_told_when_settled(tmp_path: Path) -
         assert await tags_on(guest) == {"disk0": []}
 
 
-async def test_a_qemu_killed_in_mid_save_is_unavailable_and_its_partial_snapshot_goes(tmp_path: Path) -> None:
+async def test_a_qemu_killed_in_mid_save_is_unavailable_and_its_run_is_settled_by_its_disks(tmp_path: Path) -> None:
     request = new_request()
     async with running_guest(tmp_path, memory_mb=256, filled=True) as guest:
         backend = await opened(guest, tmp_path)
@@ -514,11 +443,10 @@ async def test_a_qemu_killed_in_mid_save_is_unavailable_and_its_partial_snapshot
         for asked in (backend.state, backend.list_snapshots):
             with pytest.raises(BackendUnavailable, match="refuses"):
                 await asked(WEB)
-        with pytest.raises(BackendUnavailable):
-            await settle(backend, request)
+        settled = await settle(backend, request)
+        assert await settle(backend, request) == settled
     async with running_guest(tmp_path, memory_mb=256) as guest:
         backend = backend_of(guest, tmp_path)
-        settled = await settle(backend, request)
         assert await tags_on(guest) == {"disk0": [TAG] if settled.snapshot else []}
         assert await settle(backend, request) == settled
         await take(backend, "next")
@@ -534,14 +462,16 @@ async def test_a_monitor_that_another_client_holds_is_unavailable_soon(tmp_path:
     async with running_guest(tmp_path) as guest:
         backend = await opened(guest, tmp_path)
         assert isinstance(backend, QemuBackend)
-        hasty = evolve(backend, patience_s=0.5)
+        backend.monitors.patience_s = 0.5
         async with qmp.connect(guest.socket), trio.open_nursery() as nursery:
             with trio.fail_after(30), pytest.raises(BackendUnavailable, match="a monitor of its own"):
-                await hasty.state(WEB)
+                await backend.state(WEB)
+            backend.monitors.patience_s = 60
             nursery.start_soon(backend.state, WEB)
             await trio.testing.wait_all_tasks_blocked()
+            backend.monitors.patience_s = 0.5
             with trio.fail_after(30), pytest.raises(BackendUnavailable, match="by hypemand itself"):
-                await hasty.state(WEB)
+                await backend.state(WEB)
             nursery.cancel_scope.cancel()
         await assert_runs(backend, guest)
 
@@ -574,12 +504,12 @@ async def test_a_missing_catalog_hides_nothing(tmp_path: Path) -> None:
         with pytest.raises(BackendUnavailable):
             await settle(backend, request)
         with pytest.raises(BackendUnavailable):
-            await backend.capture(WEB, new_request("other"))
+            await captured(backend, new_request("other"))
         assert await tags_on(guest) == {"disk0": [TAG]}
 
 
 def test_settings_name_what_is_wrong_and_where(tmp_path: Path) -> None:
-    settings = {"type": "qemu", "socket": "/run/vms/qmp.sock", "mode": "background"}
+    settings = {"type": "qemu", "socket": "/run/vms/qmp.sock", "mode": "magic"}
     with pytest.raises(InvalidInput) as caught:
         registry.connect("vms", settings, Surroundings(tmp_path))
     assert {problem.path for problem in caught.value.problems} == {"socket", "mode"}

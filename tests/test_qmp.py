@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from hypemand.backends import qmp
 from hypemand.backends.base import BackendUnavailable
-from hypemand.backends.qemu_disks import finished
+from hypemand.backends.qemu.jobs import finished
 
 GREETING = {"QMP": {"version": {"qemu": {"major": 7, "minor": 2, "micro": 22}, "package": ""}, "capabilities": ["oob"]}}
 STOP = {"event": "STOP", "timestamp": {"seconds": 1_795_306_329, "microseconds": 868_947}}

@@ -43,6 +43,15 @@ def test_any_other_state_forbids_the_run_and_names_itself_and_the_three(state: I
     assert str(caught.value) == f"instance is {state.value}: a scheduled snapshot needs it Running, Standby or Stopped"
 
 
+@pytest.mark.parametrize("named", [*Freezer, None])
+@pytest.mark.parametrize("steps", [Steps(kind, freezes) for kind in SnapshotKind for freezes in (*Freezer, None)])
+def test_a_backend_may_name_another_freezer_for_a_guest_that_runs_and_for_no_other(
+    steps: Steps, named: Freezer | None
+) -> None:
+    wanted = named if named is not None and steps.freezes is not None else steps.freezes
+    assert steps.frozen_by(named) == Steps(steps.kind, wanted)
+
+
 def test_the_hypervisors_own_word_is_told() -> None:
     with pytest.raises(StateForbidsRun, match=r"^instance is Unknown \(io-error\): a scheduled snapshot needs"):
         decide_steps(InstanceState.UNKNOWN, Freezer.ENGINE, "io-error")

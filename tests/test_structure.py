@@ -29,6 +29,7 @@ from hypemand.core.model import (
     PositiveDuration,
     PositiveInt,
     Pruned,
+    RestoreAction,
     Retention,
     RunFinished,
     RunStarted,
@@ -256,7 +257,7 @@ def test_unknown_keys_are_refused_with_a_suggestion_or_all_that_are_known() -> N
     document = {"id": "a", "kind": "Standby", "nmae": "n", "bogus_": 1, "extra": {}}
     found = dict(problems(document, Snapshot))
     assert found["nmae"] == "unknown key; did you mean 'name'?"
-    known = "created_at, id, instance_id, kind, name, size_bytes, tags"
+    known = "created_at, id, instance_id, kind, name, restore, size_bytes, tags"
     assert found["bogus_"] == f"unknown key; known here: {known}"
     assert found["extra"] == f"unknown key; known here: {known}"
     assert problems({"snapshot_id": "a", "reasons": [], "why": ""}, Pruned) == [
@@ -354,13 +355,14 @@ def test_lines_of_the_run_log_survive_being_written_and_read() -> None:
         freeze_s=0.25,
         missed=2,
         pruned=(Pruned("r0", ("max_count 1", "max_age 1h")), Pruned("q", ("max_count 1",))),
+        warnings=("its memory was saved with the guest standing still", "two"),
     )
     for line in (started, evolve(started, freezes=None), finished):
         document = orjson.loads(orjson.dumps(CONVERTER.unstructure(line)))
         assert structure(CONVERTER, document, type(line)) == line
 
 
-@pytest.mark.parametrize("words", [Freezer, InstanceState, ManagedBy, Outcome, SnapshotKind, Trigger])
+@pytest.mark.parametrize("words", [Freezer, InstanceState, ManagedBy, Outcome, RestoreAction, SnapshotKind, Trigger])
 def test_words_are_read_exactly_as_they_are_written(words: type[StrEnum]) -> None:
     for word in words:
         assert structure(CONVERTER, CONVERTER.unstructure(word), words) is word

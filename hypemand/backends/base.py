@@ -40,8 +40,9 @@ class Capabilities:
     """What a backend can do.
 
     Attributes:
-        freezes: Who makes a running guest stand still. `Freezer.HYPERVISOR`:
-            the engine neither pauses nor resumes, `Backend.capture` does it all.
+        freezes: Who makes a running guest stand still, unless `Preparation`
+            says otherwise of a guest. `Freezer.HYPERVISOR`: the engine neither
+            pauses nor resumes, `Backend.capture` does it all.
         abortable: Whether cancelling `Backend.capture` ends the capture at
             once. Where it is False, the hypervisor goes on by itself until it
             is done, and `Backend.settle` clears up after it.
@@ -62,38 +63,60 @@ class Status:
 
 
 @frozen
+class Room:
+    """What a capture will take from the filesystem of *path*, which exists: an estimate on the safe side."""
+
+    path: Path
+    needed_bytes: int
+
+
+@frozen
 class Preparation:
     """What a backend knows before a capture.
 
     Attributes:
-        needed_bytes: Estimate of what the capture will take, on the safe side.
-        path: An existing path on the filesystem that it will take it from;
-            None where that is not to be known, and nothing is checked.
+        rooms: By filesystem; one where nothing can be known of is left out, and not checked.
         taken_names: Every snapshot name in use for the instance, other people's too.
+        freezes: Who makes this guest stand still this time; None: as `Capabilities` says.
+        warnings: What will go otherwise than configured, and why.
     """
 
-    needed_bytes: int
-    path: Path | None
+    rooms: tuple[Room, ...] = ()
     taken_names: Collection[str] = ()
+    freezes: Freezer | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @frozen(kw_only=True)
 class CaptureRequest:
-    """What to make. *run_id* becomes `Snapshot.id`; *created_at* is aware UTC."""
+    """What to make.
+
+    Attributes:
+        run_id: Becomes `Snapshot.id`.
+        created_at: Aware UTC.
+        freezes: Who makes the guest stand still, as the run's started line has it; None where it does not run.
+    """
 
     run_id: str
     name: str
     kind: SnapshotKind
     tags: Mapping[str, str]
     created_at: datetime
+    freezes: Freezer | None
 
 
 @frozen
 class Captured:
-    """A capture that went well. *freeze_s* is measured by the hypervisor, None where the engine froze the guest."""
+    """A capture that went well.
+
+    Attributes:
+        freeze_s: Measured by the hypervisor; None where only the engine can tell.
+        warnings: What an operator should know of it.
+    """
 
     snapshot: Snapshot
     freeze_s: float | None = None
+    warnings: tuple[str, ...] = ()
 
 
 @frozen
@@ -169,30 +192,52 @@ class Backend(Protocol):
             Unsupported: This instance can't be captured; the text names why and what to do.
         """
 
-    async def pause(self, instance: InstanceId) -> None:
-        """Freeze the guest, and return once its vCPUs stand still. Already paused: no-op.
+    async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Freeze the guest for the capture of *request*, and return once its vCPUs stand still.
+
+        What the capture needs to have ready is made ready first, while the
+        guest still runs. Paused already: no-op, or `InvalidState` where the
+        backend can tell that the pause is somebody else's.
 
         Raises:
-            InvalidState: Neither running nor paused.
+            InvalidState: Neither running nor paused, or somebody else's pause. The guest was not touched, and is
+                not resumed.
+            CaptureFailed: The capture can't be made ready. Likewise.
+            BackendUnavailable: It may have taken hold; `resume` follows.
         """
 
     async def resume(self, instance: InstanceId) -> None:
         """Let the guest run again, and return once it does. Already running: no-op.
+
+        Where the backend can tell that the pause is somebody else's, it is left alone.
 
         Raises:
             InvalidState: Neither paused nor running; there is nothing to resume.
         """
 
     async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
-        """Make the snapshot. Until `publish`, nothing of it is listed.
+        """Make the snapshot, as far as the guest has to stand still for it. Until `publish`, nothing of it is listed.
 
-        Where `Capabilities.freezes` is the engine, the guest stands still when
-        this is called, and this writes nothing but the snapshot. On failure and
-        cancellation the partial snapshot is removed as far as that takes no
-        time; `settle` removes the rest.
+        Where the engine freezes, the guest stands still when this is called
+        with the request that `pause` had, and this writes nothing but the
+        snapshot. On failure and cancellation the partial snapshot is removed as
+        far as that takes no time; `settle` removes the rest.
 
         Raises:
             CaptureFailed: With the hypervisor's reason.
+        """
+
+    async def complete(self, captured: Captured) -> Captured:
+        """Do the rest of the capture, for which the guest runs again: memory still to be saved, a look at the guest.
+
+        Cancelled, it has the hypervisor end that work; `settle` removes what
+        is left. It notices by itself when that work no longer advances.
+
+        Returns:
+            What was captured, with its final size.
+
+        Raises:
+            CaptureFailed: With the reason; `settle` removes what is left.
         """
 
     async def publish(self, snapshot: Snapshot) -> None:

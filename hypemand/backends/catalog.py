@@ -20,7 +20,7 @@ from attrs import Factory, frozen
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.core.errors import InvalidInput
-from hypemand.core.model import Extra, InstanceId, Snapshot, SnapshotKind
+from hypemand.core.model import Extra, InstanceId, RestoreStep, Snapshot, SnapshotKind
 from hypemand.core.structure import new_converter, structure
 
 MARKER = ".hypemand-catalog"
@@ -38,7 +38,7 @@ class Manifest:
     Attributes:
         files: Size in bytes by name, of the payload in this directory.
         hypervisor: Its name, version, and the instance's uuid where it has one.
-        restore: The way back, in words that an operator can follow.
+        restore: The exact way back, once the snapshot has its place in the catalog.
         details: What the backend needs to find the snapshot again.
     """
 
@@ -51,7 +51,7 @@ class Manifest:
     size_bytes: int
     files: Mapping[str, int] = Factory(dict)
     hypervisor: Mapping[str, str] = Factory(dict)
-    restore: str = ""
+    restore: tuple[RestoreStep, ...] = ()
     details: Mapping[str, Any] = Factory(dict)
     format: int = FORMAT
     extra: Extra = Factory(dict)
@@ -66,6 +66,7 @@ class Manifest:
             created_at=self.created_at,
             size_bytes=self.size_bytes,
             tags=self.tags,
+            restore=self.restore,
         )
 
 
@@ -135,6 +136,10 @@ class Catalog:
         partial.mkdir(mode=0o700, parents=True)
         return partial
 
+    def home(self, instance: InstanceId, snapshot_id: str) -> Path:
+        """Where a complete snapshot lives."""
+        return self.root / instance / snapshot_id
+
     def partial(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a snapshot is built."""
         return self.root / instance / f".{snapshot_id}.partial"
@@ -148,7 +153,7 @@ class Catalog:
     def find(self, instance: InstanceId, snapshot_id: str) -> Manifest | None:
         """The manifest of a complete snapshot, or None."""
         self.check()
-        path = self.root / instance / snapshot_id
+        path = self.home(instance, snapshot_id)
         return _read_manifest(path, instance, snapshot_id) if path.is_dir() else None
 
     def write_manifest(self, manifest: Manifest) -> None:
@@ -162,7 +167,7 @@ class Catalog:
     def publish(self, instance: InstanceId, snapshot_id: str) -> None:
         """Make the snapshot durable, then listed. Idempotent."""
         self.check()
-        final = self.root / instance / snapshot_id
+        final = self.home(instance, snapshot_id)
         if not final.is_dir():
             partial = self.partial(instance, snapshot_id)
             sync_tree(partial)
@@ -179,7 +184,7 @@ class Catalog:
     def delete(self, instance: InstanceId, snapshot_id: str) -> None:
         """Delete a snapshot durably: unlisted first, so that half of one is never seen. Already gone: no error."""
         self.check()
-        self._drop(self.root / instance / snapshot_id, instance, snapshot_id)
+        self._drop(self.home(instance, snapshot_id), instance, snapshot_id)
 
     def _drop(self, directory: Path, instance: InstanceId, snapshot_id: str) -> None:
         home = self.root / instance

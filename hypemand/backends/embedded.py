@@ -6,6 +6,7 @@ catalog ``<root>/snapshots``.
 """
 
 import contextlib
+import shlex
 import threading
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -25,6 +26,7 @@ from hypemand.backends.base import (
     CaptureRequest,
     InstanceNotFound,
     Preparation,
+    Room,
     Settled,
     Status,
     Surroundings,
@@ -46,7 +48,16 @@ from hypemand.backends.embedded_guests import (
 )
 from hypemand.backends.registry import connection_of
 from hypemand.core.errors import RuleBroken
-from hypemand.core.model import Freezer, InstanceId, RunStarted, Size, Snapshot, SnapshotKind
+from hypemand.core.model import (
+    Freezer,
+    InstanceId,
+    RestoreAction,
+    RestoreStep,
+    RunStarted,
+    Size,
+    Snapshot,
+    SnapshotKind,
+)
 from hypemand.core.naming import check_instance_id
 
 T = TypeVar("T")
@@ -120,12 +131,13 @@ class EmbeddedBackend:
         """Look at the files that would be copied, and at the catalog."""
         return await self._in_thread(self._prepare, _checked(instance), kind)
 
-    async def pause(self, instance: InstanceId) -> None:
-        """Write Paused with our mark. Already paused: no-op, and whose pause it is stays as it was.
+    async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Write Paused with our mark; there is nothing to make ready.
 
         Raises:
-            InvalidState: Neither running nor paused.
+            InvalidState: Neither running nor paused by us.
         """
+        del request
         await self._change(instance, paused)
 
     async def resume(self, instance: InstanceId) -> None:
@@ -142,6 +154,10 @@ class EmbeddedBackend:
                 await self._in_thread(self._catalog.discard, instance, request.run_id)
             raise
         return Captured(manifest.snapshot())
+
+    async def complete(self, captured: Captured) -> Captured:
+        """Nothing is left to do: the copies were made while the guest stood still."""
+        return captured
 
     async def _copy(self, home: Path, instance: InstanceId, request: CaptureRequest) -> Manifest:
         try:
@@ -160,12 +176,16 @@ class EmbeddedBackend:
                 size_bytes=sum(files.values()),
                 files=files,
                 hypervisor={"name": "embedded"},
-                restore=f"With the instance Stopped, copy {' and '.join(files)} from here to {home}.",
+                restore=tuple(self._copied_back(instance, request.run_id, name) for name in files),
             )
             await self._in_thread(self._catalog.write_manifest, manifest)
         except BackendUnavailable as error:
             raise CaptureFailed(str(error)) from error
         return manifest
+
+    def _copied_back(self, instance: InstanceId, snapshot_id: str, name: str) -> RestoreStep:
+        source, target = self._catalog.home(instance, snapshot_id) / name, self._home(instance) / name
+        return RestoreStep(RestoreAction.RUN, shlex.join(["cp", "--sparse=always", str(source), str(target)]))
 
     async def publish(self, snapshot: Snapshot) -> None:
         """Make the copies durable, then give them their name in the catalog."""
@@ -274,7 +294,7 @@ class EmbeddedBackend:
         self._read(instance)
         sizes = [size_of(self._home(instance) / name) for name in _FILES[kind]]
         names = {manifest.name for manifest in self._catalog.manifests(instance)}
-        return Preparation(needed_bytes=sum(sizes) + MARGIN, path=self._catalog.root, taken_names=frozenset(names))
+        return Preparation((Room(self._catalog.root, sum(sizes) + MARGIN),), frozenset(names))
 
     def _settle_snapshot(self, run: RunStarted) -> Snapshot | None:
         # In this order: what can't be discarded any more has been published.

@@ -51,9 +51,11 @@ class Guest:
 
 
 def paused(guest: Guest) -> Guest:
-    """*guest*, paused with our mark; one that is paused already stays whose it was."""
-    if guest.state is InstanceState.PAUSED:
+    """*guest*, paused with our mark."""
+    if guest.frozen_by_us:
         return guest
+    if guest.state is InstanceState.PAUSED:
+        raise InvalidState(f"instance is paused, and not by hypemand ({STATE_FILE} has no mark of it)")
     if guest.state is not InstanceState.RUNNING:
         raise InvalidState(f"instance is {guest.state}: only a running one can be paused")
     return evolve(guest, state=InstanceState.PAUSED, paused_by=MARK, paused_at=datetime.now(UTC))

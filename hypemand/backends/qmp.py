@@ -8,6 +8,7 @@ import errno
 import os
 import socket as sockets
 import struct
+import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -33,6 +34,10 @@ class QmpError(BackendError):
         self.error_class = error_class
         self.desc = desc
         super().__init__(f"QEMU refuses {command}: {desc}")
+
+
+class MonitorAbsent(BackendUnavailable):
+    """No process listens: the socket is missing, or refuses. Whether a QEMU runs is for others to tell."""
 
 
 class NotQmp(ValueError):
@@ -129,11 +134,28 @@ class Monitor:
             QmpError: QEMU refuses.
             BackendUnavailable: The connection is cut, or does not speak QMP.
         """
+        await self._send(self._encode(command, arguments))
+        return await self._answer(command)
+
+    async def hand_over(self, descriptor: int, command: str, **arguments: Any) -> Any:
+        """Run *command*, which takes a file *descriptor*: QEMU gets a duplicate of it. Else like `execute`."""
+        passed = [(sockets.SOL_SOCKET, sockets.SCM_RIGHTS, descriptor.to_bytes(4, sys.byteorder))]
+        data = self._encode(command, arguments)
+        try:
+            sent = await self._stream.socket.sendmsg([data], passed)
+        except OSError as error:
+            raise self._cut() from error
+        await self._send(data[sent:])
+        return await self._answer(command)
+
+    def _encode(self, command: str, arguments: Mapping[str, Any]) -> bytes:
         self._last_id += 1
         request: dict[str, Any] = {"execute": command, "id": self._last_id}
         if arguments:
             request["arguments"] = {name.replace("_", "-"): value for name, value in arguments.items()}
-        await self._send(orjson.dumps(request) + b"\n")
+        return orjson.dumps(request) + b"\n"
+
+    async def _answer(self, command: str) -> Any:
         while True:
             message = await self._receive()
             # QEMU gives no id back where it could not even read the command.
@@ -161,8 +183,12 @@ class Monitor:
             seen = len(self.events)
             await self._receive()
 
+    def close(self) -> None:
+        """Let go of the monitor, without waiting for anything. Idempotent."""
+        self._stream.socket.close()
+
     async def greet(self) -> None:
-        """Read the greeting and leave negotiation mode; `connect` does it."""
+        """Read the greeting and leave negotiation mode; `open_monitor` does it."""
         match await self._receive():
             case {"QMP": {"version": {"qemu": {"major": major, "minor": minor, "micro": micro}}}}:
                 self.version = f"{major}.{minor}.{micro}"
@@ -210,32 +236,39 @@ def _event(message: Mapping[str, Any]) -> Event:
             raise NotQmp("an event without its name or its time")
 
 
-@asynccontextmanager
-async def connect(path: Path, *, patience_s: float = GREETING_PATIENCE_S) -> AsyncIterator[Monitor]:
-    """A connection to the monitor at *path*, ready for commands; closed on the way out without waiting for anything.
+async def open_monitor(path: Path, *, patience_s: float = GREETING_PATIENCE_S) -> Monitor:
+    """A connection to the monitor at *path*, ready for commands; the caller closes it.
 
     Args:
         patience_s: How long to wait for the greeting. There is none while
             another client holds the monitor, and none while QEMU is busy.
 
     Raises:
-        BackendUnavailable: No socket, nobody behind it, no greeting, or not QMP; the text says which.
+        MonitorAbsent: No socket, or nobody behind it.
+        BackendUnavailable: No greeting, not QMP, or not to be opened; the text says which.
     """
-    stream = None
-    try:
+    with ExitStack() as stack:
         with trio.move_on_after(patience_s) as waiting:
-            stream = await _dial(path)
-            monitor = Monitor(path, stream)
+            monitor = Monitor(path, await _dial(path))
+            stack.callback(monitor.close)
             await monitor.greet()
         if waiting.cancelled_caught:
             raise BackendUnavailable(
                 f"the monitor {path} gave no greeting within {patience_s:g} s: another client holds it"
                 " (give hypemand a monitor of its own: one more -qmp), or the guest is saving or frozen"
             )
+        stack.pop_all()
+    return monitor
+
+
+@asynccontextmanager
+async def connect(path: Path, *, patience_s: float = GREETING_PATIENCE_S) -> AsyncIterator[Monitor]:
+    """`open_monitor`, until the end of the block."""
+    monitor = await open_monitor(path, patience_s=patience_s)
+    try:
         yield monitor
     finally:
-        if stream is not None:
-            stream.socket.close()
+        monitor.close()
 
 
 async def _dial(path: Path) -> trio.SocketStream:
@@ -258,9 +291,11 @@ async def _dial(path: Path) -> trio.SocketStream:
 def _unreachable(path: Path, error: OSError) -> BackendUnavailable:
     match error:
         case FileNotFoundError():
-            what = f"there is no monitor {path}: start the guest with -qmp unix:{path},server=on,wait=off"
+            return MonitorAbsent(
+                f"there is no monitor {path}: start the guest with -qmp unix:{path},server=on,wait=off"
+            )
         case ConnectionRefusedError():
-            what = f"the monitor {path} refuses: its QEMU has ended"
+            return MonitorAbsent(f"the monitor {path} refuses: its QEMU has ended")
         case PermissionError():
             what = f"the monitor {path} may not be opened by this user: give its group write permission"
         case _:

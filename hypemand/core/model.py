@@ -134,9 +134,35 @@ class Schedule:
     extra: Extra = Factory(dict)
 
 
+class RestoreAction(StrEnum):
+    """What kind of thing a step of a restore is.
+
+    ``run``: a shell command on the host, while the instance is down.
+    ``start``: arguments, quoted for a shell, to be added to the command line
+    with which the instance is started. ``monitor``: a command for the
+    hypervisor's own monitor, once it is started.
+    """
+
+    RUN = "run"
+    START = "start"
+    MONITOR = "monitor"
+
+
+@frozen
+class RestoreStep:
+    """One step of the way back to a snapshot."""
+
+    action: RestoreAction
+    command: str
+
+
 @frozen(kw_only=True)
 class Snapshot:
-    """A complete snapshot. *id* is the id of the run that made it, never the hypervisor's own number."""
+    """A complete snapshot. *id* is the id of the run that made it, never the hypervisor's own number.
+
+    Attributes:
+        restore: The exact way back, in order.
+    """
 
     id: str
     instance_id: InstanceId
@@ -145,6 +171,7 @@ class Snapshot:
     created_at: datetime
     size_bytes: int
     tags: Mapping[str, str]
+    restore: tuple[RestoreStep, ...] = ()
 
 
 @frozen
@@ -191,6 +218,7 @@ class RunFinished:
         missed: Slots of the grid passed over before this run.
         error: Set for every outcome but a clean success; a success with an
             error has a snapshot, and something to tell.
+        warnings: What went otherwise than configured, with no harm to the snapshot.
     """
 
     run_id: str
@@ -209,4 +237,5 @@ class RunFinished:
     missed: int = 0
     pruned: tuple[Pruned, ...] = ()
     error: str | None = None
+    warnings: tuple[str, ...] = ()
     extra: Extra = Factory(dict)

@@ -28,6 +28,10 @@ class Steps:
         """Whether the engine pauses the instance before the capture and resumes it after."""
         return self.freezes is Freezer.ENGINE
 
+    def frozen_by(self, freezer: Freezer | None) -> "Steps":
+        """The same with *freezer*, where there is one to be named and the guest runs."""
+        return Steps(self.kind, freezer) if freezer and self.freezes else self
+
 
 def decide_steps(state: InstanceState, freezer: Freezer, detail: str = "") -> Steps:
     """The steps for an instance in *state*, by Hypeman's documented rule.

@@ -25,7 +25,7 @@ from cattrs.gen import (
 from hypemand.core.duration import format_duration
 from hypemand.core.errors import InvalidInput, Problem, RuleBroken, RulesBroken, join_path
 from hypemand.core.fields import RULES, format_instant
-from hypemand.core.model import Freezer, InstanceState, ManagedBy, Outcome, SnapshotKind, Trigger
+from hypemand.core.model import Freezer, InstanceState, ManagedBy, Outcome, RestoreAction, SnapshotKind, Trigger
 
 T = TypeVar("T")
 
@@ -46,7 +46,7 @@ def new_converter(*, omit_defaults: bool = True, words: Iterable[type[Enum]] = (
     )
     converter.register_structure_hook_factory(_is_list, lambda kind: _list_hook(converter, kind))
     converter.register_structure_hook_factory(_is_table, lambda kind: _table_hook(converter, kind))
-    for word_type in (Freezer, InstanceState, ManagedBy, Outcome, SnapshotKind, Trigger, *words):
+    for word_type in (Freezer, InstanceState, ManagedBy, Outcome, RestoreAction, SnapshotKind, Trigger, *words):
         converter.register_structure_hook(word_type, _check_word)
     converter.register_unstructure_hook(datetime, format_instant)
     converter.register_unstructure_hook(timedelta, format_duration)

@@ -15,11 +15,12 @@ from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
 from hypemand.engine.limits import Patience
+from hypemand.engine.means import Means
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.reconcile import Discovery, Reconciler, discover
 from hypemand.engine.recorder import Recorder
 from hypemand.engine.recovery import Recovery
-from hypemand.engine.runner import Means, Runner
+from hypemand.engine.runner import Runner
 from hypemand.engine.scheduler import Scheduler
 from hypemand.engine.slots import Slots
 from hypemand.engine.space import Measure, Space, measure
@@ -299,7 +300,7 @@ class Engine:
             busy = frozenset(progress.run_id for progress in self.runner.active.values())
             left = await self.recovery.settle_all(busy)
             # What was handed over a moment ago may still be busy with its own run.
-            more = bool(left or self.recovery.reasons)
+            more = bool(left or self.recovery.left_open)
             with trio.move_on_after(pause_s if more else math.inf):
                 await self.recovery.handed_over.wait()
             waits = more and not self.recovery.is_urgent

@@ -49,12 +49,22 @@ class FreezeRecord:
 
     Attributes:
         pause_unclear: The pause got no answer; it may still take hold after the resume.
+        pause_refused: The guest was not touched; a pause that it may be in is somebody else's, and not undone.
+        capture_began: On trio's clock.
+        capture_s: From then until the snapshot was whole, or was given up.
     """
 
     freeze_s: float | None = None
     pause_unclear: bool = False
+    pause_refused: bool = False
+    capture_began: float | None = None
     capture_s: float | None = None
     thaw_failures: list[str] = field(factory=list)
+
+    def measured(self, freeze_s: float | None) -> None:
+        """Take *freeze_s* where the hypervisor measured it: that is nearer to the guest than our own measure."""
+        if freeze_s is not None:
+            self.freeze_s = freeze_s
 
     def thaw_note(self) -> str | None:
         """What the failed tries to resume were, or None."""
@@ -91,7 +101,7 @@ class Freeze:
         be tried again, so that a hung guest stops nobody else.
 
         Raises:
-            BackendError: The pause or the capture failed; the guest runs.
+            BackendError: The pause or the capture failed; the guest runs, unless somebody else paused it.
             StillFrozenError: The guest could not be resumed.
         """
         timer = trio.CancelScope()
@@ -100,8 +110,7 @@ class Freeze:
             captured = await self._frozen_capture(request, slot)
         finally:
             timer.cancel()
-        if captured.freeze_s is not None:
-            self.record.freeze_s = captured.freeze_s
+        self.record.measured(captured.freeze_s)
         return captured
 
     async def _frozen_capture(self, request: CaptureRequest, slot: Slot) -> Captured:
@@ -110,12 +119,13 @@ class Freeze:
         await self._check_running()
         began = trio.current_time()
         try:
-            await self._pause()
+            await self._pause(request)
             return await self._timed_capture(request, self._time_left(began))
         finally:
-            with trio.CancelScope(shield=True):
-                await self._thaw(slot, began)
-            self.record.freeze_s = trio.current_time() - began
+            if not self.record.pause_refused:
+                with trio.CancelScope(shield=True):
+                    await self._thaw(slot, began)
+                self.record.freeze_s = trio.current_time() - began
 
     async def _check_running(self) -> None:
         """Look once more, right before the pause: a pause by an operator would be undone as if it were ours."""
@@ -123,10 +133,14 @@ class Freeze:
         if status.state is not InstanceState.RUNNING:
             raise CaptureFailed(f"instance is {status.state} now, it was Running when its run began")
 
-    async def _pause(self) -> None:
+    async def _pause(self, request: CaptureRequest) -> None:
         within_s = min(self.patience.answer_s, self.budget.max_freeze_s)
         self.record.pause_unclear = True
-        await answer("pause", within_s, lambda: self.backend.pause(self.instance))
+        try:
+            await answer("pause", within_s, lambda: self.backend.pause(self.instance, request))
+        except (CaptureFailed, InvalidState):
+            self.record.pause_unclear, self.record.pause_refused = False, True
+            raise
         self.record.pause_unclear = False
 
     def _time_left(self, began: float) -> float:
@@ -136,7 +150,7 @@ class Freeze:
         return max(0.0, min(left, self.budget.capture_timeout_s))
 
     async def _timed_capture(self, request: CaptureRequest, within_s: float) -> Captured:
-        began = trio.current_time()
+        self.record.capture_began = began = trio.current_time()
         try:
             with trio.move_on_after(within_s):
                 return await self.backend.capture(self.instance, request)

@@ -1,5 +1,6 @@
 """How far a run has come, and the finished line that comes of it."""
 
+from collections.abc import Iterable
 from datetime import datetime
 
 from attrs import define, field
@@ -24,12 +25,23 @@ class Progress:
     pruning: PruneResult = field(factory=PruneResult)
     outcome: Outcome = Outcome.SUCCEEDED
     notes: list[str] = field(factory=list)
+    warnings: list[str] = field(factory=list)
 
     def end(self, outcome: Outcome, note: str) -> None:
         """The run ends as *outcome*, because of *note*; once its snapshot is listed it stays a success."""
         if self.snapshot is None:
             self.outcome = outcome
         self.notes.append(note)
+
+    def warn(self, warnings: Iterable[str], *, anew: bool) -> list[str]:
+        """Keep *warnings*, each once. *anew*: in place of those of an earlier attempt, which no longer hold.
+
+        Returns:
+            Those that were not there before.
+        """
+        before = self.warnings
+        self.warnings = list(dict.fromkeys(warnings if anew else [*before, *warnings]))
+        return [warning for warning in self.warnings if warning not in before]
 
     def finished(self, instance: InstanceId, now: datetime) -> RunFinished:
         """The line for the history."""
@@ -52,6 +64,7 @@ class Progress:
             missed=self.missed,
             pruned=tuple(self.pruning.pruned),
             error="; ".join(note for note in notes if note) or None,
+            warnings=tuple(self.warnings),
         )
 
 

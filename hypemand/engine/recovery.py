@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import structlog
 import trio
-from attrs import define, field
+from attrs import define, field, frozen
 
 from hypemand.backends.base import BackendError, Settled
 from hypemand.core.errors import InvalidInput
@@ -21,6 +21,25 @@ AT_ONCE = 8
 _log = structlog.get_logger()
 
 
+@frozen
+class LeftOpen:
+    """What a runner knows of a run that it had to leave open.
+
+    Attributes:
+        reason: Why it is open.
+        thawed: Its guest was resumed; a pause that is found later is somebody else's.
+        freeze_s: How long its guest stood still, where it was resumed.
+    """
+
+    reason: str
+    thawed: bool
+    freeze_s: float | None = None
+    warnings: tuple[str, ...] = ()
+
+
+_CRASHED = LeftOpen("hypemand was killed or crashed during the run", thawed=False)
+
+
 @define(kw_only=True)
 class Recovery:
     """Settles open runs. One run is settled by one task at a time."""
@@ -31,20 +50,13 @@ class Recovery:
     fleet: Fleet
     patience: Patience
     boot_id: str
-    reasons: dict[str, str] = field(factory=dict)
-    thawed: set[str] = field(factory=set)
+    left_open: dict[str, LeftOpen] = field(factory=dict)
     settling: set[str] = field(factory=set)
     handed_over: trio.Event = field(factory=trio.Event)
 
-    def hand_over(self, run: RunStarted, reason: str, thawed: bool) -> None:  # noqa: FBT001 - said once, by the runner
-        """Take charge of *run*, which a runner had to leave open because of *reason*.
-
-        Args:
-            thawed: Its guest was resumed; a pause that is found later is somebody else's.
-        """
-        self.reasons[run.run_id] = reason
-        if thawed:
-            self.thawed.add(run.run_id)
+    def hand_over(self, run: RunStarted, left: LeftOpen) -> None:
+        """Take charge of *run*, which its runner could not settle."""
+        self.left_open[run.run_id] = left
         self.handed_over.set()
 
     async def settle_all(self, busy: frozenset[str] = frozenset()) -> list[str]:
@@ -68,8 +80,7 @@ class Recovery:
                 settled = await self._ask_backend(run)
             with trio.CancelScope(shield=True):
                 await self.recorder.finished(self._interrupted(run, settled), run.trigger)
-            self.reasons.pop(run.run_id, None)
-            self.thawed.discard(run.run_id)
+            self.left_open.pop(run.run_id, None)
         except (BackendError, InvalidInput, OSError) as error:
             self._log_open(run, str(error))
             left.append(f"{run.instance_id}: run {run.run_id} of {run.started_at:%Y-%m-%d %H:%M:%S} UTC: {error}")
@@ -94,7 +105,7 @@ class Recovery:
 
     def is_ours(self, run: RunStarted) -> bool:
         """Whether a pause that is found now can only be that of *run*."""
-        if run.run_id in self.thawed:
+        if run.run_id in self.left_open and self.left_open[run.run_id].thawed:
             return False
         if run.boot_id and run.boot_id == self.boot_id:
             return True
@@ -114,10 +125,11 @@ class Recovery:
 
     def _interrupted(self, run: RunStarted, settled: Settled) -> RunFinished:
         now = self.clock.now()
+        left = self.left_open.get(run.run_id, _CRASHED)
         freeze_s = settled.freeze_s
-        if freeze_s is None and settled.resumed:
-            freeze_s = (now - run.started_at).total_seconds()
-        said = [self.reasons.get(run.run_id, "hypemand was killed or crashed during the run")]
+        if freeze_s is None:
+            freeze_s = (now - run.started_at).total_seconds() if settled.resumed else left.freeze_s
+        said = [left.reason]
         if settled.resumed:
             said.append(f"the guest was found frozen and was resumed after {freeze_s:.1f} s")
         said.append("its snapshot was complete and is kept" if settled.snapshot else "no snapshot came of it")
@@ -135,4 +147,5 @@ class Recovery:
             freeze_s=None if freeze_s is None else round(freeze_s, 6),
             late_s=round((run.started_at - run.due_at).total_seconds(), 6),
             error="; ".join([*said, *settled.notes]),
+            warnings=left.warnings,
         )

@@ -1,86 +1,24 @@
-"""One run: inspect, prepare, claim, freeze, capture, thaw, prune, record."""
+"""One run: attempts at its snapshot, pruning, and the record of how it ended."""
 
-from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime
-from typing import TypeVar
 
 import structlog
 import trio
-from attrs import evolve, frozen
+from attrs import evolve
 
-from hypemand.backends.base import (
-    Backend,
-    BackendUnavailable,
-    CaptureRequest,
-    InstanceNotFound,
-    Status,
-    Unsupported,
-)
-from hypemand.config import RunsConfig
+from hypemand.backends.base import Backend, BackendUnavailable, InstanceNotFound
 from hypemand.core.cadence import next_slot
 from hypemand.core.errors import HypemandError
-from hypemand.core.model import InstanceId, InstanceState, Outcome, RunFinished, RunStarted, Schedule, Trigger
-from hypemand.core.naming import scheduled_tags, snapshot_name
-from hypemand.core.runstate import Steps, decide_steps
-from hypemand.engine.clock import Clock
-from hypemand.engine.fleet import Fleet
-from hypemand.engine.freeze import Budget, Freeze, StillFrozenError
-from hypemand.engine.gone import GoneWatch
-from hypemand.engine.limits import Patience, answer
+from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule, Trigger
+from hypemand.engine.capture import Attempt, WithdrawnError
+from hypemand.engine.freeze import StillFrozenError
+from hypemand.engine.limits import answer
+from hypemand.engine.means import Means
 from hypemand.engine.progress import Progress
-from hypemand.engine.pruning import Pruner
-from hypemand.engine.recorder import Recorder
-from hypemand.engine.slots import Slot, Slots
-from hypemand.engine.space import Space
-from hypemand.state.replay import advanced
-from hypemand.state.runlog import RunLog
-from hypemand.state.store import Store
+from hypemand.engine.recovery import LeftOpen
 
-T = TypeVar("T")
 RETRY_WAITS_S = (60.0, 300.0, 900.0)
 _log = structlog.get_logger()
-
-
-@frozen(kw_only=True)
-class Means:
-    """What runs work with.
-
-    Attributes:
-        limits: The table ``[runs]`` in force.
-        give_up: Set when hypemand has to end; what is then still being retried is left to the next start.
-        hand_over: Takes an open run that could not be settled, why it needs to be, and whether its guest runs.
-        background: For timers; outlives the runs.
-    """
-
-    clock: Clock
-    store: Store
-    runlog: RunLog
-    fleet: Fleet
-    slots: Slots
-    space: Space
-    pruner: Pruner
-    recorder: Recorder
-    gone: GoneWatch
-    limits: Callable[[], RunsConfig]
-    patience: Patience
-    new_id: Callable[[], str]
-    boot_id: str
-    give_up: trio.Event
-    hand_over: Callable[[RunStarted, str, bool], None]
-    background: trio.Nursery
-
-
-@frozen
-class Found:
-    """What a run found at its instance before the claim."""
-
-    state: InstanceState
-    steps: Steps
-    taken_names: Collection[str]
-
-
-class WithdrawnError(HypemandError):
-    """The schedule was taken out or disabled while its run waited to begin."""
 
 
 class Runner:
@@ -186,95 +124,8 @@ class Runner:
         return await self._attempt(backend, schedule, progress)
 
     async def _attempt(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
-        means = self._means
-        # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
-        await self._inspect(backend, self._current(schedule))
-        async with means.slots.take(backend.name) as slot:
-            # ... and again after the wait, for much may have changed meanwhile.
-            schedule = self._current(schedule)
-            status, steps = await self._inspect(backend, schedule)
-            room = await self._ask("prepare", lambda: backend.prepare(schedule.instance_id, steps.kind))
-            async with means.space.reserve(room.path, room.needed_bytes, means.limits().min_free):
-                await self._claim(backend, schedule, progress, Found(status.state, steps, room.taken_names))
-                await self._capture(backend, steps, progress, slot)
+        await Attempt(self._means, backend, schedule.instance_id, progress).make_snapshot()
         await self._prune(backend, schedule, progress)
-
-    async def _claim(self, backend: Backend, schedule: Schedule, progress: Progress, found: Found) -> None:
-        means = self._means
-        now = means.clock.now()
-        own_slot = progress.trigger is Trigger.SCHEDULE
-        following = next_slot(progress.due_at, schedule.interval, now).next_run_at
-        max_freeze = schedule.settings.max_freeze or means.limits().max_freeze
-        started = RunStarted(
-            run_id=progress.run_id,
-            instance_id=schedule.instance_id,
-            backend=backend.name,
-            trigger=progress.trigger,
-            kind=found.steps.kind,
-            state_before=found.state,
-            due_at=progress.due_at,
-            next_run_at=following if own_slot else schedule.next_run_at,
-            started_at=now,
-            snapshot_name=snapshot_name(schedule.name_prefix, now, found.taken_names),
-            tags=scheduled_tags(schedule.instance_id, schedule.metadata),
-            max_freeze_s=max_freeze.total_seconds(),
-            freezes=found.steps.freezes,
-            boot_id=means.boot_id,
-            connection=backend.connection,
-        )
-        _log.info(
-            "capture begins",
-            instance_id=started.instance_id,
-            run_id=started.run_id,
-            snapshot_name=started.snapshot_name,
-        )
-        await means.runlog.append(started)
-        progress.started = started
-        current = means.store.schedules.get(schedule.instance_id)
-        if current is not None and own_slot:
-            means.store.remember(advanced(current, started))
-
-    def _current(self, schedule: Schedule) -> Schedule:
-        current = self._means.store.schedules.get(schedule.instance_id)
-        if current is None or not current.settings.enabled:
-            raise WithdrawnError("the schedule was taken out or disabled before its run began")
-        return current
-
-    async def _inspect(self, backend: Backend, schedule: Schedule) -> tuple[Status, Steps]:
-        status = await self._ask("state", lambda: backend.state(schedule.instance_id))
-        await self._means.gone.found(schedule.instance_id)
-        steps = decide_steps(status.state, backend.capabilities.freezes, status.detail)
-        if steps.kind not in backend.capabilities.kinds:
-            raise Unsupported(f"instance is {status.state}: backend {backend.name!r} makes no {steps.kind} snapshots")
-        return status, steps
-
-    async def _ask(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
-        return await answer(what, self._means.patience.answer_s, ask)
-
-    async def _capture(self, backend: Backend, steps: Steps, progress: Progress, slot: Slot) -> None:
-        means, started = self._means, progress.started
-        assert started is not None
-        request = CaptureRequest(
-            run_id=started.run_id,
-            name=started.snapshot_name,
-            kind=started.kind,
-            tags=started.tags,
-            created_at=started.started_at,
-        )
-        freeze = Freeze(
-            backend=backend,
-            instance=started.instance_id,
-            steps=steps,
-            budget=Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds()),
-            patience=means.patience,
-            give_up=means.give_up,
-            record=progress.freeze,
-        )
-        captured = await freeze.capture(request, slot, means.background)
-        slot.release()
-        limit_s = means.limits().capture_timeout.total_seconds()
-        await answer("publish", limit_s, lambda: backend.publish(captured.snapshot))
-        progress.snapshot = captured.snapshot
 
     async def _prune(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
         assert progress.snapshot is not None
@@ -319,7 +170,8 @@ class Runner:
         """Hand the run to the recovery. *thawed*: the guest runs, and no pause that is found later is ours."""
         assert progress.started is not None
         reason = "; ".join(progress.notes)
-        self._means.hand_over(progress.started, reason, thawed)
+        freeze_s = progress.freeze.freeze_s
+        self._means.hand_over(progress.started, LeftOpen(reason, thawed, freeze_s, tuple(progress.warnings)))
         _log.error(
             "run left open until its hypervisor answers",
             instance_id=schedule.instance_id,

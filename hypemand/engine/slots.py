@@ -7,7 +7,11 @@ import trio
 
 
 class Slot:
-    """A place among the runs of a backend, and one among all; given back once no guest stands still for the run."""
+    """A place among the runs of a backend, and one among all.
+
+    The overall one is given back once no guest stands still for the run, the
+    backend's once its hypervisor has no more work by it.
+    """
 
     def __init__(self, backend: trio.CapacityLimiter, overall: trio.CapacityLimiter) -> None:
         self._limiters = {"backend": backend, "overall": overall}
@@ -19,11 +23,19 @@ class Slot:
             await limiter.acquire_on_behalf_of(self)
             self._held.add(name)
 
+    def release_overall(self) -> None:
+        """Let a run of another backend in. Idempotent."""
+        self._release("overall")
+
     def release(self) -> None:
-        """Let the next run in. Idempotent."""
-        for name in self._held:
+        """Let the next run in, of whatever backend. Idempotent."""
+        for name in self._limiters:
+            self._release(name)
+
+    def _release(self, name: str) -> None:
+        if name in self._held:
+            self._held.remove(name)
             self._limiters[name].release_on_behalf_of(self)
-        self._held.clear()
 
 
 class Slots:

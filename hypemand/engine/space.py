@@ -2,13 +2,14 @@
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
 from attrs import frozen
 
+from hypemand.backends.base import Room
 from hypemand.core.errors import HypemandError
 from hypemand.core.size import format_size
 from hypemand.engine.limits import answer
@@ -17,7 +18,7 @@ MEASURE_S = 10.0
 
 
 class NoRoomError(HypemandError):
-    """The snapshot filesystem is too full for this capture."""
+    """A filesystem is too full for this capture."""
 
 
 @frozen
@@ -49,25 +50,41 @@ class Space:
         self._reserved: Counter[int] = Counter()
 
     @asynccontextmanager
-    async def reserve(self, path: Path | None, needed: int, min_free: int) -> AsyncIterator[None]:
-        """Hold room for a capture of *needed* bytes on the filesystem of *path*; None is not checked.
+    async def reserve(self, rooms: Collection[Room], min_free: int) -> AsyncIterator[None]:
+        """Hold all *rooms* of a capture, or none of them. Those on one filesystem add up.
 
         Raises:
-            NoRoomError: Less than *min_free* would be left over.
+            NoRoomError: On one of the filesystems less than *min_free* would be left over.
         """
-        if path is None:
-            yield
-            return
-        filesystem = await answer("free space", MEASURE_S, lambda: self._measure(path))
-        promised = self._reserved[filesystem.id]
-        if filesystem.free_bytes - promised - needed < min_free:
-            others = f", {format_size(promised)} are promised to captures under way" if promised else ""
-            raise NoRoomError(
-                f"too little room at {path}: {format_size(filesystem.free_bytes)} free{others}, the capture needs"
-                f" {format_size(needed)} and {format_size(min_free)} must be left over (runs.min_free)"
-            )
-        self._reserved[filesystem.id] += needed
+        found = await answer("free space", MEASURE_S, lambda: self._measured(rooms))
+        for filesystem, there in found.items():
+            self._check(filesystem, there, min_free)
+        needed = Counter({filesystem.id: _sum(there) for filesystem, there in found.items()})
+        self._reserved.update(needed)
         try:
             yield
         finally:
-            self._reserved[filesystem.id] -= needed
+            self._reserved.subtract(needed)
+
+    async def _measured(self, rooms: Collection[Room]) -> dict[Filesystem, list[Room]]:
+        """*rooms* by the filesystem that they are on, each as it was when it was first looked at."""
+        found: dict[int, tuple[Filesystem, list[Room]]] = {}
+        for room in rooms:
+            filesystem = await self._measure(room.path)
+            found.setdefault(filesystem.id, (filesystem, []))[1].append(room)
+        return dict(found.values())
+
+    def _check(self, filesystem: Filesystem, rooms: Collection[Room], min_free: int) -> None:
+        promised, needed = self._reserved[filesystem.id], _sum(rooms)
+        if filesystem.free_bytes - promised - needed >= min_free:
+            return
+        paths = " and ".join(dict.fromkeys(str(room.path) for room in rooms))
+        others = f", {format_size(promised)} are promised to captures under way" if promised else ""
+        raise NoRoomError(
+            f"too little room at {paths}: {format_size(filesystem.free_bytes)} free{others}, the capture needs"
+            f" {format_size(needed)} and {format_size(min_free)} must be left over (runs.min_free)"
+        )
+
+
+def _sum(rooms: Collection[Room]) -> int:
+    return sum(room.needed_bytes for room in rooms)

@@ -62,6 +62,7 @@ def snapshot_document(snapshot: Snapshot) -> dict[str, Any]:
         "created_at": format_instant(snapshot.created_at),
         "size_bytes": snapshot.size_bytes,
         "tags": dict(snapshot.tags),
+        "restore": [{"action": str(step.action), "command": step.command} for step in snapshot.restore],
     }
 
 

@@ -204,7 +204,7 @@ def status_notes(overview: Overview, config_problems: Iterable[str]) -> list[str
     notes += [f"begins when the daemon takes up the config: {', '.join(to_come)}"] if to_come else []
     notes += [f"config invalid, a running daemon goes on with the one before: {p}" for p in config_problems]
     notes += [f"problem: {problem}" for problem in overview.problems]
-    notes += [f"warning: {warning}" for warning in overview.warnings]
+    notes += [f"warning: {_one_line(warning)}" for warning in overview.warnings]
     notes += [f"state file unreadable or invalid: {trouble}" for trouble in state.trouble]
     notes += [f"in quarantine: {note} (see {state.state_dir}/quarantine)" for note in state.quarantine]
     notes += [f"run log damaged: {place}" for place in state.log.damaged]

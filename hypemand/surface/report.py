@@ -124,6 +124,8 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
             f"{view.instance_id}: snapshot {snapshot.name} is dated in the future: neither counted nor deleted"
             for snapshot in view.future
         ]
+        of_last_run = view.last_run.warnings if view.last_run else ()
+        overview.warnings += [f"{view.instance_id}: last run: {warning}" for warning in of_last_run]
     return overview
 
 

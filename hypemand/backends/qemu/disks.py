@@ -1,0 +1,105 @@
+"""The disks of a guest and the snapshots inside them, and what QEMU says of them.
+
+Which snapshot is whose is decided by the manifest; here are the means to tell.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import trio
+from attrs import frozen
+
+from hypemand.backends.base import CaptureFailed, Unsupported
+from hypemand.backends.qmp import Monitor
+
+QCOW2 = "qcow2"
+
+
+@frozen
+class Entry:
+    """A snapshot as a qcow2 disk lists it.
+
+    QEMU numbers them anew, and operators may give a name again: name, date
+    and size together tell one from another.
+    """
+
+    tag: str
+    date_sec: int
+    date_nsec: int
+    vm_state_size: int
+
+
+def entry_of(listed: Mapping[str, Any]) -> Entry:
+    """The entry that QEMU and qemu-img list in the same words."""
+    return Entry(listed["name"], listed["date-sec"], listed["date-nsec"], listed["vm-state-size"])
+
+
+@frozen
+class Disk:
+    """A writable disk.
+
+    Attributes:
+        device: For messages.
+        node: QEMU's name for it until it ends; empty where no QEMU runs.
+        file: Lasts, and is the same whether QEMU runs or not; absolute where it is a file that is seen from here.
+        out_of_room: Whether the guest's last write failed for lack of space.
+    """
+
+    device: str
+    node: str
+    file: str
+    format: str
+    entries: tuple[Entry, ...] = ()
+    out_of_room: bool = False
+
+    def find(self, tag: str) -> Entry | None:
+        """The first of that name: the one that QEMU loads and deletes, should there be more."""
+        return next((entry for entry in self.entries if entry.tag == tag), None)
+
+
+async def read_disks(monitor: Monitor) -> tuple[Disk, ...]:
+    """The writable disks in QEMU's order; read-only ones and empty drives are no part of a snapshot."""
+    blocks = await monitor.execute("query-block")
+    writable = [block for block in blocks if "inserted" in block and not block["inserted"]["ro"]]
+    names = [block["inserted"]["file"] for block in writable]
+    files = await trio.to_thread.run_sync(_lasting, monitor.peer_directory(), names, abandon_on_cancel=True)
+    return tuple(_disk(block, file) for block, file in zip(writable, files, strict=True))
+
+
+def _lasting(directory: Path, names: Sequence[str]) -> list[str]:
+    """Names as they hold in this process too: absolute and without links, where there is such a file."""
+    return [
+        os.path.realpath(path) if (path := directory / name).is_absolute() and path.exists() else name for name in names
+    ]
+
+
+def _disk(block: Mapping[str, Any], file: str) -> Disk:
+    inserted = block["inserted"]
+    node = inserted.get("node-name", "")
+    return Disk(
+        device=block["device"] or block.get("qdev") or node,
+        node=node,
+        file=file,
+        format=inserted["drv"],
+        entries=tuple(entry_of(found) for found in inserted["image"].get("snapshots", ())),
+        out_of_room=block.get("io-status") == "nospace",
+    )
+
+
+def check_capturable(disks: Sequence[Disk], way_out: str = "attach it read-only") -> None:
+    """Raise `Unsupported` unless a snapshot of *disks* holds the whole guest, and could be loaded again."""
+    if not disks:
+        raise Unsupported("it has no writable disk to hold a snapshot: attach one in qcow2 format")
+    other = [f"{disk.device} ({disk.file}, {disk.format})" for disk in disks if disk.format != QCOW2]
+    if other:
+        raise Unsupported(
+            f"writable but not qcow2: {', '.join(other)}; convert it (qemu-img convert -O qcow2) or {way_out}"
+        )
+
+
+def check_free(disks: Sequence[Disk], tag: str) -> None:
+    """Raise `CaptureFailed` where a disk has a snapshot called *tag* already."""
+    if holders := [disk.device for disk in disks if disk.find(tag)]:
+        raise CaptureFailed(f"there is a snapshot {tag} already, on {', '.join(holders)}")

@@ -1,0 +1,29 @@
+"""Blocking work on the catalog, away from the event loop."""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, TypeVar
+
+import trio
+
+from hypemand.backends.base import BackendUnavailable
+
+T = TypeVar("T")
+
+
+async def in_thread(function: Callable[..., T], *args: Any) -> T:
+    """Run *function*. Abandoned on cancellation: a filesystem that hangs must not hold up what has to go on.
+
+    Raises:
+        BackendUnavailable: In place of an `OSError`.
+    """
+    try:
+        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=_threads())
+    except OSError as error:
+        raise BackendUnavailable(f"{error.filename or 'the catalog'} can't be used: {error.strerror}") from error
+
+
+@cache
+def _threads() -> trio.CapacityLimiter:
+    """Threads of their own for catalogs: those that hang there leave the others to other work."""
+    return trio.CapacityLimiter(40)

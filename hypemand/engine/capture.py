@@ -1,0 +1,177 @@
+"""One attempt of a run at its snapshot: inspect, prepare, claim, freeze, capture, thaw, complete, publish."""
+
+from collections.abc import Awaitable, Callable, Iterable
+from typing import TypeVar
+
+import structlog
+import trio
+from attrs import frozen
+
+from hypemand.backends.base import Backend, Captured, CaptureFailed, CaptureRequest, Preparation, Status, Unsupported
+from hypemand.core.cadence import next_slot
+from hypemand.core.errors import HypemandError
+from hypemand.core.model import InstanceId, InstanceState, RunStarted, Schedule, Snapshot, Trigger
+from hypemand.core.naming import scheduled_tags, snapshot_name
+from hypemand.core.runstate import Steps, decide_steps
+from hypemand.engine.freeze import Budget, Freeze
+from hypemand.engine.limits import answer
+from hypemand.engine.means import Means
+from hypemand.engine.progress import Progress
+from hypemand.engine.slots import Slot
+from hypemand.state.replay import advanced
+
+T = TypeVar("T")
+_log = structlog.get_logger()
+
+
+class WithdrawnError(HypemandError):
+    """The schedule was taken out or disabled while its run waited to begin."""
+
+
+@frozen
+class _Found:
+    """What an attempt found at its instance before the claim."""
+
+    schedule: Schedule
+    state: InstanceState
+    steps: Steps
+
+
+@frozen
+class Attempt:
+    """One attempt at the snapshot of a run. *progress* takes what is done, as it is done."""
+
+    means: Means
+    backend: Backend
+    instance: InstanceId
+    progress: Progress
+
+    async def make_snapshot(self) -> None:
+        """Make the snapshot, up to its being listed; ``progress.snapshot`` is set then, and not before.
+
+        The overall slot covers freeze to thaw, the backend's slot and the
+        promised room all that the capture does.
+
+        Raises:
+            WithdrawnError: The schedule is not there any more.
+            BackendError: Transient before ``progress.started`` is set: another attempt may be made.
+            StillFrozenError: The guest could not be resumed.
+        """
+        means = self.means
+        # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
+        await self._inspect()
+        async with means.slots.take(self.backend.name) as slot:
+            # ... and again after the wait, for much may have changed meanwhile.
+            found = await self._inspect()
+            ready = await self._ask("prepare", lambda: self.backend.prepare(self.instance, found.steps.kind))
+            self._warn(ready.warnings, anew=True)
+            async with means.space.reserve(ready.rooms, means.limits().min_free):
+                started = await self._claim(found, ready)
+                captured = await self._capture(started, slot)
+        await self._publish(captured.snapshot)
+
+    async def _inspect(self) -> _Found:
+        schedule = self.means.store.schedules.get(self.instance)
+        if schedule is None or not schedule.settings.enabled:
+            raise WithdrawnError("the schedule was taken out or disabled before its run began")
+        status: Status = await self._ask("state", lambda: self.backend.state(self.instance))
+        await self.means.gone.found(self.instance)
+        able = self.backend.capabilities
+        steps = decide_steps(status.state, able.freezes, status.detail)
+        if steps.kind not in able.kinds:
+            raise Unsupported(
+                f"instance is {status.state}: backend {self.backend.name!r} makes no {steps.kind} snapshots"
+            )
+        return _Found(schedule, status.state, steps)
+
+    async def _ask(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
+        return await answer(what, self.means.patience.answer_s, ask)
+
+    def _warn(self, warnings: Iterable[str], *, anew: bool = False) -> None:
+        for warning in self.progress.warn(warnings, anew=anew):
+            _log.warning(
+                "capture with a warning", instance_id=self.instance, run_id=self.progress.run_id, warning=warning
+            )
+
+    async def _claim(self, found: _Found, ready: Preparation) -> RunStarted:
+        means, progress, schedule = self.means, self.progress, found.schedule
+        now = means.clock.now()
+        own_slot = progress.trigger is Trigger.SCHEDULE
+        following = next_slot(progress.due_at, schedule.interval, now).next_run_at
+        max_freeze = schedule.settings.max_freeze or means.limits().max_freeze
+        started = RunStarted(
+            run_id=progress.run_id,
+            instance_id=self.instance,
+            backend=self.backend.name,
+            trigger=progress.trigger,
+            kind=found.steps.kind,
+            state_before=found.state,
+            due_at=progress.due_at,
+            next_run_at=following if own_slot else schedule.next_run_at,
+            started_at=now,
+            snapshot_name=snapshot_name(schedule.name_prefix, now, ready.taken_names),
+            tags=scheduled_tags(self.instance, schedule.metadata),
+            max_freeze_s=max_freeze.total_seconds(),
+            freezes=found.steps.frozen_by(ready.freezes).freezes,
+            boot_id=means.boot_id,
+            connection=self.backend.connection,
+        )
+        _log.info(
+            "capture begins",
+            instance_id=started.instance_id,
+            run_id=started.run_id,
+            snapshot_name=started.snapshot_name,
+        )
+        await means.runlog.append(started)
+        progress.started = started
+        current = means.store.schedules.get(self.instance)
+        if current is not None and own_slot:
+            means.store.remember(advanced(current, started))
+        return started
+
+    async def _capture(self, started: RunStarted, slot: Slot) -> Captured:
+        request = CaptureRequest(
+            run_id=started.run_id,
+            name=started.snapshot_name,
+            kind=started.kind,
+            tags=started.tags,
+            created_at=started.started_at,
+            freezes=started.freezes,
+        )
+        budget = Budget(started.max_freeze_s, self.means.limits().capture_timeout.total_seconds())
+        freeze = Freeze(
+            backend=self.backend,
+            instance=self.instance,
+            steps=Steps(started.kind, started.freezes),
+            budget=budget,
+            patience=self.means.patience,
+            give_up=self.means.give_up,
+            record=self.progress.freeze,
+        )
+        captured = await freeze.capture(request, slot, self.means.background)
+        slot.release_overall()
+        self._warn(captured.warnings)
+        return await self._complete(captured, budget.capture_timeout_s)
+
+    async def _complete(self, captured: Captured, timeout_s: float) -> Captured:
+        """Have the rest done that the guest need not stand still for, within what is left of the capture's time."""
+        record = self.progress.freeze
+        began = record.capture_began
+        assert began is not None
+        try:
+            with trio.move_on_at(began + timeout_s):
+                whole = await self.backend.complete(captured)
+                record.measured(whole.freeze_s)
+                self._warn(whole.warnings)
+                return whole
+        finally:
+            record.capture_s = trio.current_time() - began
+        raise CaptureFailed(
+            f"the snapshot was not whole within runs.capture_timeout and was given up after {record.capture_s:.1f} s;"
+            " the guest ran meanwhile"
+        )
+
+    async def _publish(self, snapshot: Snapshot) -> None:
+        limit_s = self.means.limits().capture_timeout.total_seconds()
+        await answer("publish", limit_s, lambda: self.backend.publish(snapshot))
+        self.progress.snapshot = snapshot

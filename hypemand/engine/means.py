@@ -1,0 +1,49 @@
+"""What runs work with, put together once by the engine."""
+
+from collections.abc import Callable
+
+import trio
+from attrs import frozen
+
+from hypemand.config import RunsConfig
+from hypemand.core.model import RunStarted
+from hypemand.engine.clock import Clock
+from hypemand.engine.fleet import Fleet
+from hypemand.engine.gone import GoneWatch
+from hypemand.engine.limits import Patience
+from hypemand.engine.pruning import Pruner
+from hypemand.engine.recorder import Recorder
+from hypemand.engine.recovery import LeftOpen
+from hypemand.engine.slots import Slots
+from hypemand.engine.space import Space
+from hypemand.state.runlog import RunLog
+from hypemand.state.store import Store
+
+
+@frozen(kw_only=True)
+class Means:
+    """What runs work with.
+
+    Attributes:
+        limits: The table ``[runs]`` in force.
+        give_up: Set when hypemand has to end; what is then still being retried is left to the next start.
+        hand_over: Takes an open run that could not be settled.
+        background: For timers; outlives the runs.
+    """
+
+    clock: Clock
+    store: Store
+    runlog: RunLog
+    fleet: Fleet
+    slots: Slots
+    space: Space
+    pruner: Pruner
+    recorder: Recorder
+    gone: GoneWatch
+    limits: Callable[[], RunsConfig]
+    patience: Patience
+    new_id: Callable[[], str]
+    boot_id: str
+    give_up: trio.Event
+    hand_over: Callable[[RunStarted, LeftOpen], None]
+    background: trio.Nursery

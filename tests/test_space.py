@@ -1,0 +1,109 @@
+"""Room is promised on every filesystem that a capture takes from, or on none."""
+
+from pathlib import Path
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from hypemand.backends.base import BackendUnavailable, Room
+from hypemand.engine.space import Filesystem, NoRoomError, Space, measure
+from tests.fakes import FakeRoom
+
+ONE, TWO, OTHER = Path("/one/a"), Path("/one/b"), Path("/other")
+
+
+@pytest.fixture
+def disks() -> FakeRoom:
+    return FakeRoom(free_bytes=1000, others={OTHER: Filesystem(2, 500)})
+
+
+@pytest.fixture
+def space(disks: FakeRoom) -> Space:
+    return Space(disks.measure)
+
+
+def promised(space: Space) -> dict[int, int]:
+    return {number: size for number, size in space._reserved.items() if size}
+
+
+async def test_rooms_on_one_filesystem_add_up(space: Space) -> None:
+    async with space.reserve((Room(ONE, 400), Room(TWO, 600)), 0):
+        assert promised(space) == {1: 1000}
+    assert promised(space) == {}
+    with pytest.raises(NoRoomError, match="at /one/a and /one/b: 1000 B free, the capture needs 1001 B"):
+        async with space.reserve((Room(ONE, 401), Room(TWO, 600)), 0):
+            pytest.fail("there is no room")
+    assert promised(space) == {}
+
+
+async def test_each_filesystem_has_its_own_room(space: Space) -> None:
+    async with space.reserve((Room(ONE, 900), Room(OTHER, 400)), 100):
+        assert promised(space) == {1: 900, 2: 400}
+    assert promised(space) == {}
+
+
+@pytest.mark.parametrize(
+    ("rooms", "path", "other"),
+    [
+        ((Room(ONE, 10), Room(OTHER, 401)), OTHER, ONE),
+        ((Room(OTHER, 401), Room(ONE, 10)), OTHER, ONE),
+        ((Room(ONE, 901), Room(OTHER, 10)), ONE, OTHER),
+    ],
+)
+async def test_where_one_is_too_full_none_is_promised_and_it_is_named_alone(
+    space: Space, rooms: tuple[Room, ...], path: Path, other: Path
+) -> None:
+    with pytest.raises(NoRoomError) as caught:
+        async with space.reserve(rooms, 100):
+            pytest.fail("there is no room")
+    assert f"too little room at {path}: " in str(caught.value)
+    assert "100 B must be left over (runs.min_free)" in str(caught.value)
+    assert str(other) not in str(caught.value)
+    assert promised(space) == {}
+
+
+async def test_what_is_promised_to_others_counts_on_its_own_filesystem(space: Space) -> None:
+    async with space.reserve((Room(ONE, 300), Room(OTHER, 300)), 0):
+        async with space.reserve((Room(TWO, 700), Room(OTHER, 200)), 0):
+            assert promised(space) == {1: 1000, 2: 500}
+        assert promised(space) == {1: 300, 2: 300}
+        with pytest.raises(NoRoomError, match="at /other: 500 B free, 300 B are promised to captures under way"):
+            async with space.reserve((Room(TWO, 700), Room(OTHER, 201)), 0):
+                pytest.fail("there is no room")
+        assert promised(space) == {1: 300, 2: 300}
+
+
+async def test_without_rooms_nothing_is_measured_and_nothing_promised(space: Space, disks: FakeRoom) -> None:
+    disks.free_bytes, disks.hangs = 0, 1
+    async with space.reserve((), 10**9):
+        assert promised(space) == {}
+    assert disks.hangs == 1
+
+
+async def test_an_error_under_way_gives_the_room_back(space: Space) -> None:
+    with pytest.raises(ZeroDivisionError):
+        async with space.reserve((Room(ONE, 1000), Room(OTHER, 500)), 0):
+            raise ZeroDivisionError
+    async with space.reserve((Room(ONE, 1000), Room(OTHER, 500)), 0):
+        assert promised(space) == {1: 1000, 2: 500}
+
+
+async def test_filesystems_that_hang_take_no_longer_for_being_many(
+    space: Space, disks: FakeRoom, autojump_clock: MockClock
+) -> None:
+    disks.hangs = 9
+    with pytest.raises(BackendUnavailable, match="free space"):
+        async with space.reserve([Room(Path(f"/{number}"), 1) for number in range(9)], 0):
+            pytest.fail("nothing is known of the room")
+    assert trio.current_time() == 10
+    assert promised(space) == {}
+
+
+async def test_directories_of_one_filesystem_are_measured_as_one(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    whole, part = await measure(tmp_path), await measure(tmp_path / "a")
+    assert whole.id == part.id
+    assert whole.free_bytes > 0
+    with pytest.raises(FileNotFoundError):
+        await measure(tmp_path / "b")
