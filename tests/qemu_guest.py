@@ -20,7 +20,7 @@ from hypemand.backends.base import BackendUnavailable
 from hypemand.core.model import InstanceId
 
 TICKER = Path(__file__).parent / "guest" / "ticker.bin"
-FILL_END_AT = 504
+TICK_AT, FILL_END_AT = 500, 504
 BOOT_PATIENCE_S = 30
 
 
@@ -92,9 +92,10 @@ class Guest:
             await self.process.wait()
 
 
-def make_disk(path: Path, *, fill_end_mb: int = 0) -> Path:
+def make_disk(path: Path, *, fill_end_mb: int = 0, tick_ms: int = 10) -> Path:
     """A qcow2 disk that boots the ticker, which fills its RAM up to *fill_end_mb* (0: not at all)."""
     code = bytearray(TICKER.read_bytes())
+    code[TICK_AT : TICK_AT + 4] = (tick_ms * 1000).to_bytes(4, "little")
     code[FILL_END_AT : FILL_END_AT + 4] = (fill_end_mb * 1024 * 1024).to_bytes(4, "little")
     raw = path.with_suffix(".raw")
     raw.write_bytes(code.ljust(1024 * 1024, b"\0"))
@@ -124,11 +125,11 @@ def blockdev(node: str, file: Path, *, fails: Mapping[str, int] | None = None, o
     return ["-blockdev", json.dumps(spec), "-device", f"virtio-blk-pci,drive={node}"]
 
 
-def _files(directory: Path, instance_id: str, fill_end_mb: int) -> tuple[Path, Path]:
+def _files(directory: Path, log_in: Path, instance_id: str, fill_end_mb: int, tick_ms: int) -> tuple[Path, Path]:
     disk = directory / f"{instance_id}.qcow2"
     if not disk.exists():
-        make_disk(disk, fill_end_mb=fill_end_mb)
-    return disk, directory / f"{instance_id}-{len(list(directory.glob('*.log')))}.log"
+        make_disk(disk, fill_end_mb=fill_end_mb, tick_ms=tick_ms)
+    return disk, log_in / f"{instance_id}-{len(list(log_in.glob(f'{instance_id}-*.log')))}.log"
 
 
 @asynccontextmanager
@@ -138,6 +139,9 @@ async def running_guest(
     instance_id: str = "web-1",
     memory_mb: int = 64,
     filled: bool = False,
+    tick_ms: int = 10,
+    sockets_in: Path | None = None,
+    log_in: Path | None = None,
     loadvm: str | None = None,
     wait: bool = True,
     reboots: bool = False,
@@ -152,6 +156,9 @@ async def running_guest(
         directory: Holds its disk ``<instance_id>.qcow2``, made when it is not
             there; a second guest in the same directory goes on with it.
         filled: Whether its RAM has no zero pages, so that a save takes a while.
+        tick_ms: How long it waits between ticks; a host of many guests wants them slow.
+        sockets_in: Where its sockets go, below its id; a directory of its own, if None.
+        log_in: Where what it prints goes, if not beside its disk.
         loadvm: Snapshot to start from, instead of booting.
         wait: Whether to wait until it ticks, or only until QEMU answers.
         reboots: Whether a reset boots it again, instead of ending QEMU.
@@ -160,11 +167,11 @@ async def running_guest(
         extra: More arguments for QEMU.
     """
     require_qemu()
-    disk, log = _files(directory, instance_id, fill_end_mb=memory_mb - 16 if filled else 0)
+    disk, log = _files(directory, log_in or directory, instance_id, memory_mb - 16 if filled else 0, tick_ms)
     # Not below directory: a unix socket's path has 107 bytes at most.
     with tempfile.TemporaryDirectory(prefix="hypemand-") as short:
-        template = Path(short) / "{instance}" / "qmp.sock"
-        os.mkdir(template.parent.with_name(instance_id))  # noqa: PTH102 - a temporary directory is no wait
+        template = (sockets_in or Path(short)) / "{instance}" / "qmp.sock"
+        template.parent.with_name(instance_id).mkdir(exist_ok=True)
         sockets = [template.parent.with_name(instance_id) / name for name in ("qmp.sock", "test.sock")]
         command = [
             *("qemu-system-x86_64", "-nodefaults", "-accel", "tcg", "-machine", "pc", "-m", str(memory_mb)),

@@ -1,7 +1,9 @@
 """Mode background against a real QEMU: a freeze of milliseconds, the memory saved while the guest runs."""
 
+import json
 import os
 import signal
+import socket
 import sys
 from pathlib import Path
 
@@ -486,3 +488,89 @@ def test_room_that_was_reserved_and_not_needed_is_given_back(tmp_path: Path) -> 
     assert memory_file.trim(path) == 4096
     assert path.stat().st_blocks * 512 < 1 << 20
     assert memory_file.trim(tmp_path / "missing") == 0
+
+
+async def test_a_connection_that_is_lost_in_the_pause_leaves_a_running_guest_and_no_made_up_freeze(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = background.begin
+
+    async def begin_and_lose(monitor: qmp.Monitor, uri: str) -> None:
+        await begin(monitor, uri)
+        with socket.socket(fileno=os.dup(monitor._stream.socket.fileno())) as line:
+            line.shutdown(socket.SHUT_RDWR)
+
+    monkeypatch.setattr(background, "begin", begin_and_lose)
+    async with running_guest(tmp_path, filled=True) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        begun_one = await begun(backend, request)
+        await assert_runs(backend, guest)
+        made = await backend.complete(begun_one)
+        assert made.freeze_s is None
+        await backend.publish(made.snapshot)
+        await assert_no_trace(guest, tmp_path)
+
+
+async def test_a_qemu_that_ends_in_the_pause_has_nothing_to_resume(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await backend.pause(WEB, request)
+        await guest.kill()
+        await backend.resume(WEB)
+        assert await settle(backend, request) == Settled()
+        assert drafts_in(tmp_path) == []
+
+
+async def test_a_qemu_that_lives_without_its_monitor_is_still_to_be_resumed(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await backend.pause(WEB, request)
+        await backend.aclose()
+        guest.socket.rename(guest.socket.with_suffix(".away"))
+        with pytest.raises(BackendUnavailable, match="a running QEMU holds"):
+            await backend.resume(WEB)
+        guest.socket.with_suffix(".away").rename(guest.socket)
+        await backend.resume(WEB)
+        await assert_runs(backend, guest)
+        assert await settle(backend, request) == Settled()
+        await assert_nothing_left(guest, tmp_path, backend)
+
+
+@pytest.mark.parametrize("freezes", [Freezer.HYPERVISOR, Freezer.ENGINE])
+async def test_a_disk_that_is_taken_away_after_it_was_listed_fails_or_is_left_out(
+    tmp_path: Path, freezes: Freezer
+) -> None:
+    second = make_disk(tmp_path / "second.qcow2")
+    spec = {"driver": "qcow2", "node-name": "disk1", "file": {"driver": "file", "filename": str(second)}}
+    extra = [
+        *("-device", "virtio-scsi-pci", "-blockdev", json.dumps(spec)),
+        *("-device", "scsi-hd,drive=disk1,id=hot"),
+    ]
+    async with running_guest(tmp_path, extra=extra) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = new_request(freezes=freezes)
+        assert len((await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms) == 3
+        if freezes is Freezer.ENGINE:
+            await backend.pause(WEB, request)
+        async with qmp.connect(guest.test_socket) as monitor:
+            await monitor.execute("device_del", id="hot")
+            with trio.fail_after(30):
+                await monitor.wait_event("DEVICE_DELETED")
+            await monitor.execute("blockdev-del", node_name="disk1")
+        if freezes is Freezer.ENGINE:
+            with pytest.raises(CaptureFailed, match="disk1"):
+                await backend.capture(WEB, request)
+            await backend.resume(WEB)
+            settled = await settle(backend, request)
+            assert settled.snapshot is None
+            assert await tags_on(guest) == {"disk0": []}
+            assert [str(second) in note for note in settled.notes] == [True]
+        else:
+            made = await captured(backend, request)
+            await backend.publish(made.snapshot)
+            assert await tags_on(guest) == {"disk0": [TAG]}
+        await assert_runs(backend, guest)
+        await take(backend, "next", freezes=freezes)

@@ -172,8 +172,9 @@ class QemuBackend:
     ) -> Sequence[Disk]:
         """The disks that fit the settings, and those beside them that manifests name."""
         files = await self._files_of_stopped(instance, absent)
-        named = {file: None for manifest in manifests for file in files_of(manifest)}
-        return await images.read_images([*files, *await in_thread(_present, named, files)])
+        named = dict.fromkeys(file for manifest in manifests for file in files_of(manifest))
+        others = [path for path in await in_thread(images.present, named) if path not in files]
+        return await images.read_images([*files, *others])
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
         """Delete it from the disks that have it, then from the catalog. Another one by its name is left alone."""
@@ -225,7 +226,7 @@ class QemuBackend:
         """QEMU has ended, which its lock on the disks proves: by them it is seen what became of the capture."""
         if manifest is None:
             return settling.Found()
-        files = await in_thread(_present, files_of(manifest), ())
+        files = await in_thread(images.present, files_of(manifest))
         if not files:
             raise absent
         return await settling.settle_stopped(
@@ -245,11 +246,6 @@ class QemuBackend:
         """Let go of what is held."""
         self.monitors.close()
         await trio.lowlevel.checkpoint()
-
-
-def _present(files: Sequence[str] | Mapping[str, None], but: Sequence[Path]) -> list[Path]:
-    """Those of *files* that are there, without *but*."""
-    return [path for path in map(Path, files) if path not in but and path.is_absolute() and path.is_file()]
 
 
 def _build(name: str, settings: QemuSettings, surroundings: Surroundings) -> QemuBackend:

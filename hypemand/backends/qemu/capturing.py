@@ -60,10 +60,12 @@ class Capturing:
 
     Attributes:
         _freezes: How long guests stood still, by QEMU's events.
+        _paused: The disks of guests that stand still for us.
     """
 
     catalog: Catalog
     monitors: Monitors
+    _paused: dict[InstanceId, Sequence[str]] = Factory(dict)
     _ready: dict[InstanceId, _Ready] = Factory(dict)
     _freezes: dict[InstanceId, float | None] = Factory(dict)
 
@@ -94,9 +96,28 @@ class Capturing:
             os.close(descriptor)
         await background.mark(monitor, background.saving_mark(request.run_id))
         self._ready[instance] = _Ready(draft, disks, uri)
+        self._paused[instance] = files_of(draft)
 
     async def resume(self, instance: InstanceId) -> None:
         """Let the guest go on where a mark says that it stands still for us, and take the mark away."""
+        if self.monitors.holds(instance):
+            with suppress(BackendUnavailable):  # by the connection of the pause, which may have been cut
+                return await self._resume(instance)
+        try:
+            await self._resume(instance)
+        except MonitorAbsent:
+            await self._check_ended(instance)
+
+    async def _check_ended(self, instance: InstanceId) -> None:
+        """Nobody listens: make sure that the QEMU has ended. One that lives holds its disks."""
+        files = await in_thread(images.present, self._paused.get(instance, ()))
+        if not files:
+            raise BackendUnavailable("nobody listens at its monitor, and its disks are not seen from here")
+        await images.read_images(files)
+        _log.warning("QEMU has ended while its guest stood still for us", instance_id=instance)
+        self._paused.pop(instance, None)
+
+    async def _resume(self, instance: InstanceId) -> None:
         async with self.monitors.use(instance) as monitor:
             word = (await monitor.execute("query-status"))["status"]
             ours = [mark for mark in await background.marks(monitor) if mark.startswith(background.paused_mark(""))]
@@ -108,7 +129,9 @@ class Capturing:
                 _log.warning("the guest was paused by somebody else; it is left so", instance_id=instance)
             for mark in ours:
                 await background.unmark(monitor, mark)
-            self._freezes[instance] = frozen_s(monitor.events)
+            seen = any(event.name == "STOP" for event in monitor.events)
+            self._freezes[instance] = frozen_s(monitor.events) if seen else None
+        self._paused.pop(instance, None)
         self.monitors.let_go(instance)
 
     async def capture(self, instance: InstanceId, request: CaptureRequest, files: Sequence[Path]) -> Captured:

@@ -3,7 +3,7 @@
 import os
 import re
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,11 @@ async def read_images(files: Sequence[Path]) -> tuple[Disk, ...]:
         for path, info in found
         if str(path) not in bases
     )
+
+
+def present(names: Iterable[str]) -> list[Path]:
+    """Those of *names* that are files which are seen from here. Blocking."""
+    return [path for path in map(Path, names) if path.is_absolute() and path.is_file()]
 
 
 async def create(disk: Disk, tag: str) -> None:

@@ -68,6 +68,10 @@ class Monitors:
             return
         raise BackendUnavailable(f"the monitor of {instance} is in use by hypemand itself, for a capture or a deletion")
 
+    def holds(self, instance: InstanceId) -> bool:
+        """Whether a connection to *instance* is held."""
+        return instance in self._lines and self._lines[instance].held is not None
+
     def let_go(self, instance: InstanceId) -> None:
         """Close what is held of *instance*."""
         line = self._lines.get(instance)
