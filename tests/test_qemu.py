@@ -26,9 +26,9 @@ from hypemand.backends.base import (
     Unsupported,
 )
 from hypemand.backends.qemu.backend import QemuBackend
-from hypemand.backends.qemu.disks import check_capturable
+from hypemand.backends.qemu.disks import _is_remote, check_capturable
 from hypemand.core.errors import InvalidInput
-from hypemand.core.model import InstanceState, SnapshotKind
+from hypemand.core.model import Freezer, InstanceState, SnapshotKind
 from tests.qemu_backend import (
     TAG,
     WEB,
@@ -51,6 +51,8 @@ from tests.qemu_backend import (
 from tests.qemu_guest import TICKER, blockdev, make_disk, run_img, running_guest
 
 pytestmark = pytest.mark.qemu
+
+VIRTIO = ["-device", "virtio-blk-pci,drive=data"]
 
 
 async def test_a_capture_is_listed_with_its_name_and_tags_and_the_guest_goes_on(tmp_path: Path) -> None:
@@ -133,6 +135,103 @@ async def test_read_only_disks_and_cd_roms_are_left_alone(tmp_path: Path) -> Non
         await backend.prepare(WEB, SnapshotKind.STANDBY)
         await take(backend)
         assert sorted((await tags_on(guest)).values()) == [[], [TAG]]
+
+
+WAYS = {
+    "hda": ["-hdb", "{file}"],
+    "ide": ["-drive", "if=ide,index=2,format=qcow2,file={file}"],
+    "virtio": ["-drive", "if=virtio,format=qcow2,file={file}"],
+    "id": ["-drive", "if=virtio,id=data,format=qcow2,file={file}"],
+    "none": ["-drive", "if=none,id=data,format=qcow2,file={file}", "-device", "virtio-blk-pci,drive=data"],
+    "device id": ["-drive", "if=none,id=data,format=qcow2,file={file}", "-device", "virtio-blk-pci,drive=data,id=d1"],
+    "node": ["-drive", "if=virtio,node-name=data,format=qcow2,file={file}"],
+    "scsi": [
+        *("-device", "virtio-scsi-pci", "-drive", "if=none,id=data,format=qcow2,file={file}"),
+        *("-device", "scsi-hd,drive=data"),
+    ],
+    "usb": ["-usb", "-drive", "if=none,id=data,format=qcow2,file={file}", "-device", "usb-storage,drive=data"],
+    "floppy": ["-drive", "if=floppy,format=qcow2,file={file}"],
+    "blockdev": ["-blockdev", "qcow2,node-name=data,file.driver=file,file.filename={file}", *VIRTIO],
+    "two nodes": [
+        *("-blockdev", "file,node-name=below,filename={file}"),
+        *("-blockdev", "qcow2,node-name=data,file=below", *VIRTIO),
+    ],
+    "throttled": ["-drive", "if=virtio,format=qcow2,throttling.iops-total=1000,file={file}"],
+}
+
+
+@pytest.mark.parametrize("freezes", [Freezer.HYPERVISOR, Freezer.ENGINE])
+@pytest.mark.parametrize("way", WAYS)
+async def test_a_disk_is_captured_however_it_is_attached_and_found_again_by_its_file(
+    tmp_path: Path, way: str, freezes: Freezer
+) -> None:
+    second = make_disk(tmp_path / "second.qcow2")
+    extra = [part.format(file=second) for part in WAYS[way]]
+    async with running_guest(tmp_path, extra=extra) as guest:
+        backend = await opened(guest, tmp_path, mode="background")
+        made = await take(backend, freezes=freezes)
+        assert sorted((await tags_on(guest)).values()) == [[TAG], [TAG]]
+    disks = [str(tmp_path / "{instance}.qcow2"), str(tmp_path / "{instance}" / "none.qcow2")]
+    stopped = make_backend(tmp_path / "{instance}.sock", tmp_path, disks=disks)
+    assert await stopped.list_snapshots(WEB) == (made,)
+    await stopped.delete_snapshot(made)
+    info = json.loads(run_img("info", "--output=json", second))
+    assert info.get("snapshots", []) == []
+
+
+@pytest.mark.parametrize("freezes", [Freezer.HYPERVISOR, Freezer.ENGINE])
+async def test_a_guest_with_hardware_that_cannot_be_saved_fails_with_qemus_reason_and_runs(
+    tmp_path: Path, freezes: Freezer
+) -> None:
+    second = make_disk(tmp_path / "second.qcow2")
+    extra = ["-drive", f"if=none,id=data,format=qcow2,file={second}", "-device", "nvme,drive=data,serial=1"]
+    async with running_guest(tmp_path, extra=extra) as guest:
+        backend = await opened(guest, tmp_path, mode="background")
+        request = new_request(freezes=freezes)
+        with pytest.raises(CaptureFailed, match=r"non-migratable device .*nvme"):
+            await captured(backend, request)
+        await assert_runs(backend, guest)
+        assert await settle(backend, request) == Settled()
+        assert set(map(tuple, (await tags_on(guest)).values())) == {()}
+        assert await marks_in(guest) == []
+
+
+@pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
+async def test_a_writable_network_disk_is_refused_by_name_with_what_to_do(tmp_path: Path, disk_format: str) -> None:
+    exported = make_disk(tmp_path / "exported.qcow2")
+    async with running_guest(tmp_path) as guest:
+        path = guest.socket.with_name("nbd.sock")
+        server = subprocess.Popen(["qemu-nbd", "-f", "raw", "-t", "-k", path, exported])
+        try:
+            with trio.fail_after(30):
+                while not path.exists():
+                    await trio.sleep(0.01)
+            extra = ["-drive", f"if=virtio,id=data,format={disk_format},file=nbd+unix:///?socket={path}"]
+            (tmp_path / "other").mkdir()
+            async with running_guest(tmp_path / "other", extra=extra) as other:
+                backend = await opened(other, tmp_path)
+                with pytest.raises(Unsupported, match=r"data \(nbd.*qemu-img convert.*read-only"):
+                    await backend.prepare(WEB, SnapshotKind.STANDBY)
+        finally:
+            server.kill()
+            server.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "remote"),
+    [
+        ("/var/lib/a:b.qcow2", False),
+        ("disk.qcow2", False),
+        ("nbd://host/export", True),
+        ("nbd+unix:///?socket=/x", True),
+        ("rbd:pool/image", True),
+        ("iscsi://10.0.0.1/iqn/0", True),
+        ('json:{"driver":"qcow2","file":{"driver":"rbd","pool":"p"}}', True),
+        ('json:{"driver":"qcow2","file":{"driver":"blkdebug","image":{"driver":"file","filename":"x"}}}', False),
+    ],
+)
+def test_what_is_on_a_network_is_told_by_its_name(name: str, remote: bool) -> None:
+    assert _is_remote(name) == remote
 
 
 def test_a_guest_without_a_writable_disk_is_refused() -> None:

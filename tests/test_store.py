@@ -691,6 +691,24 @@ async def test_a_write_under_way_is_not_taken_for_an_edit(tmp_path: Path) -> Non
     assert (await loaded(tmp_path)).schedules[WEB].last_error == "third"
 
 
+async def test_an_invalid_edit_while_our_own_write_is_under_way_is_set_aside_all_the_same(tmp_path: Path) -> None:
+    disk = LateDisk()
+    store = await loaded(tmp_path, disk)
+    await store.put(schedule())
+    disk.gate = gate = trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.put, schedule(last_error="second"))
+        await trio.testing.wait_all_tasks_blocked()  # on disk already, and not known to be
+        write(tmp_path, "web-1.json", b"{")
+        disk.gate = None
+        nursery.start_soon(store.reread)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.set()
+    assert store.schedules[WEB].last_error == "second"
+    assert (await loaded(tmp_path)).schedules == store.schedules
+    assert in_quarantine(tmp_path)
+
+
 async def test_a_directory_that_is_gone_or_cannot_be_listed_drops_no_schedule(tmp_path: Path) -> None:
     store = await loaded(tmp_path)
     await store.put(schedule())

@@ -220,8 +220,9 @@ class Backend(Protocol):
 
         Where the engine freezes, the guest stands still when this is called
         with the request that `pause` had, and this writes nothing but the
-        snapshot. On failure and cancellation the partial snapshot is removed as
-        far as that takes no time; `settle` removes the rest.
+        snapshot. Room that `complete` will fill is taken when this returns. On
+        failure and cancellation the partial snapshot is removed as far as that
+        takes no time; `settle` removes the rest.
 
         Raises:
             CaptureFailed: With the hypervisor's reason.

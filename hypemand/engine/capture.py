@@ -49,8 +49,9 @@ class Attempt:
     async def make_snapshot(self) -> None:
         """Make the snapshot, up to its being listed; ``progress.snapshot`` is set then, and not before.
 
-        The overall slot covers freeze to thaw, the backend's slot and the
-        promised room all that the capture does.
+        The overall slot covers freeze to thaw, the backend's slot all that the
+        capture does. The promise of room ends with the thaw: what is written
+        later has taken its room by then, and would count twice.
 
         Raises:
             WithdrawnError: The schedule is not there any more.
@@ -67,7 +68,9 @@ class Attempt:
             self._warn(ready.warnings, anew=True)
             async with means.space.reserve(ready.rooms, means.limits().min_free):
                 started = await self._claim(found, ready)
-                captured = await self._capture(started, slot)
+                budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
+                captured = await self._capture(started, budget, slot)
+            captured = await self._complete(captured, budget.capture_timeout_s)
         await self._publish(captured.snapshot)
 
     async def _inspect(self) -> _Found:
@@ -129,7 +132,7 @@ class Attempt:
             means.store.remember(advanced(current, started))
         return started
 
-    async def _capture(self, started: RunStarted, slot: Slot) -> Captured:
+    async def _capture(self, started: RunStarted, budget: Budget, slot: Slot) -> Captured:
         request = CaptureRequest(
             run_id=started.run_id,
             name=started.snapshot_name,
@@ -138,7 +141,6 @@ class Attempt:
             created_at=started.started_at,
             freezes=started.freezes,
         )
-        budget = Budget(started.max_freeze_s, self.means.limits().capture_timeout.total_seconds())
         freeze = Freeze(
             backend=self.backend,
             instance=self.instance,
@@ -151,7 +153,7 @@ class Attempt:
         captured = await freeze.capture(request, slot, self.means.background)
         slot.release_overall()
         self._warn(captured.warnings)
-        return await self._complete(captured, budget.capture_timeout_s)
+        return captured
 
     async def _complete(self, captured: Captured, timeout_s: float) -> Captured:
         """Have the rest done that the guest need not stand still for, within what is left of the capture's time."""

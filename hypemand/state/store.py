@@ -155,10 +155,14 @@ class Store:
         if scan.missing:
             _log.error("the directory of schedules is gone; those in memory stay in force", path=str(self.directory))
             return frozenset()
+        invalid = [InstanceId(bad.path.stem) for bad in scan.invalid]
+        passed_over = [instance for instance in invalid if self._changed_since(instance, known)]
         await self._take_in(scan, known)
         for instance, (_, signature) in scan.schedules.items():
             if self._signatures.get(instance) != signature:
                 await self._look_again(instance)
+        for instance in passed_over:
+            await self._look_again(instance)
         for instance in known.keys() & self._schedules.keys():
             await self._drop_if_removed(instance, known)
         keys = before.keys() | self._schedules.keys()
@@ -173,6 +177,8 @@ class Store:
             if instance in self._schedules and instance in again.schedules:
                 self._schedules[instance], self._signatures[instance] = again.schedules[instance]
                 self.unsaved.discard(instance)
+        for bad in again.invalid:
+            await self._set_aside(bad, dict(self._signatures))
 
     async def _drop_if_removed(self, instance: InstanceId, known: Mapping[InstanceId, Signature]) -> None:
         if not self._changed_since(instance, known):

@@ -4,10 +4,12 @@ Which snapshot is whose is decided by the manifest; here are the means to tell.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import orjson
 import trio
 from attrs import frozen
 
@@ -15,6 +17,9 @@ from hypemand.backends.base import CaptureFailed, Unsupported
 from hypemand.backends.qmp import Monitor
 
 QCOW2 = "qcow2"
+_REMOTE = frozenset(
+    {"nbd", "rbd", "iscsi", "ssh", "nfs", "gluster", "http", "https", "ftp", "ftps", "vxhs", "sheepdog", "rados"}
+)
 
 
 @frozen
@@ -45,6 +50,7 @@ class Disk:
         node: QEMU's name for it until it ends; empty where no QEMU runs.
         file: Lasts, and is the same whether QEMU runs or not; absolute where it is a file that is seen from here.
         out_of_room: Whether the guest's last write failed for lack of space.
+        is_remote: Whether it is reached over a network protocol of QEMU's own.
     """
 
     device: str
@@ -53,6 +59,7 @@ class Disk:
     format: str
     entries: tuple[Entry, ...] = ()
     out_of_room: bool = False
+    is_remote: bool = False
 
     def find(self, tag: str) -> Entry | None:
         """The first of that name: the one that QEMU loads and deletes, should there be more."""
@@ -85,7 +92,23 @@ def _disk(block: Mapping[str, Any], file: str) -> Disk:
         format=inserted["drv"],
         entries=tuple(entry_of(found) for found in inserted["image"].get("snapshots", ())),
         out_of_room=block.get("io-status") == "nospace",
+        is_remote=_is_remote(inserted["file"]),
     )
+
+
+def _is_remote(name: str) -> bool:
+    """Whether QEMU's *name* of a file is that of something on a network."""
+    if name.startswith("json:"):
+        return not _REMOTE.isdisjoint(_drivers(orjson.loads(name.removeprefix("json:"))))
+    protocol = re.match(r"([a-z]+)(\+[a-z]+)?:", name)
+    return protocol is not None and protocol[1] in _REMOTE
+
+
+def _drivers(spec: Any) -> Iterator[str]:
+    if isinstance(spec, dict):
+        yield str(spec.get("driver", ""))
+        for inner in spec.values():
+            yield from _drivers(inner)
 
 
 def check_capturable(disks: Sequence[Disk], way_out: str = "attach it read-only") -> None:
@@ -96,6 +119,12 @@ def check_capturable(disks: Sequence[Disk], way_out: str = "attach it read-only"
     if other:
         raise Unsupported(
             f"writable but not qcow2: {', '.join(other)}; convert it (qemu-img convert -O qcow2) or {way_out}"
+        )
+    remote = [f"{disk.device} ({disk.file})" for disk in disks if disk.is_remote]
+    if remote:
+        raise Unsupported(
+            f"writable over the network, where no snapshot can grow: {', '.join(remote)};"
+            f" copy it to a qcow2 file (qemu-img convert -O qcow2) or {way_out}"
         )
 
 
