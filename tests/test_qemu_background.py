@@ -22,7 +22,7 @@ from hypemand.backends.base import (
     Status,
     Unsupported,
 )
-from hypemand.backends.qemu import background, capturing, memory_file
+from hypemand.backends.qemu import background, capturing, completing, memory_file
 from hypemand.core.model import Freezer, InstanceState, SnapshotKind
 from tests.qemu_backend import (
     TAG,
@@ -345,7 +345,7 @@ async def test_a_qemu_that_ends_while_memory_is_saved_fails_the_capture_and_its_
 
 
 async def test_a_save_that_does_not_advance_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(capturing, "STALL_S", 1.0)
+    monkeypatch.setattr(completing, "STALL_S", 1.0)
     async with running_guest(tmp_path, filled=True) as guest:
         backend = await opened_in_background(guest, tmp_path)
         request = background_request()

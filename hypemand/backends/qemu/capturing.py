@@ -1,4 +1,4 @@
-"""A capture from the pause to the last byte: internal, in the background, or of a guest that is stopped.
+"""A capture from the pause to the resume: internal, in the background, or of a guest that is stopped.
 
 What goes wrong on the way is left for `settle`, which comes after every
 capture that failed.
@@ -12,7 +12,7 @@ from typing import Any
 
 import structlog
 import trio
-from attrs import Factory, frozen
+from attrs import Factory, evolve, frozen
 
 from hypemand.backends.base import (
     BackendError,
@@ -24,9 +24,10 @@ from hypemand.backends.base import (
 )
 from hypemand.backends.catalog import Catalog, Manifest, sync_tree
 from hypemand.backends.qemu import background, images, memory_file, settling, stuck
+from hypemand.backends.qemu.completing import END_PATIENCE_S, Completion, write_whole
 from hypemand.backends.qemu.disks import Disk, check_capturable, check_free, read_disks
 from hypemand.backends.qemu.jobs import check_alone, frozen_s, save, snapshot_disks
-from hypemand.backends.qemu.manifest import MEMORY, STOPPED, completed, files_of, mode_of, new_draft, shares
+from hypemand.backends.qemu.manifest import MEMORY, STOPPED, completed, files_of, mode_of, new_draft
 from hypemand.backends.qemu.monitors import Monitors
 from hypemand.backends.qemu.preparing import memory_estimate
 from hypemand.backends.qemu.settings import BACKGROUND
@@ -34,11 +35,7 @@ from hypemand.backends.qemu.threads import in_thread
 from hypemand.backends.qmp import Monitor, MonitorAbsent
 from hypemand.core.model import Freezer, InstanceId
 
-STALL_S = 30.0
-"""A memory save that writes nothing for so long is given up."""
-_FIRST_LOOK_S, _LONGEST_LOOK_S = 0.02, 1.0
 _log = structlog.get_logger()
-_CANCEL_PATIENCE_S = 2.0
 
 
 @frozen
@@ -155,7 +152,7 @@ class Capturing:
             raise CaptureFailed(f"{error}{await self._clear_failed(monitor, draft)}") from error
         freeze_s = frozen_s(monitor.events[first:])
         whole = completed(draft, await read_disks(monitor))
-        await self._write(whole)
+        await write_whole(self.catalog, whole)
         await settling.tidy(monitor, whole)
         return Captured(whole.snapshot(), freeze_s)
 
@@ -176,7 +173,7 @@ class Capturing:
             await snapshot_disks(monitor, request.name, ready.disks)
             await background.begin(monitor, ready.uri)
         except BaseException:
-            with trio.move_on_after(_CANCEL_PATIENCE_S, shield=True), suppress(BackendError):
+            with trio.move_on_after(END_PATIENCE_S, shield=True), suppress(BackendError):
                 await background.end(monitor)
             raise
         return Captured(ready.draft.snapshot())
@@ -199,92 +196,16 @@ class Capturing:
             whole = completed(draft, await images.read_images(files))
         except images.ImageInUse as error:
             raise CaptureFailed(f"the guest was started during its capture: {error}") from error
-        await self._write(whole)
+        await write_whole(self.catalog, whole)
         return Captured(whole.snapshot())
 
     async def complete(self, captured: Captured) -> Captured:
-        """Wait for memory that is still being saved, and look whether the guest goes on well."""
-        instance, run_id = captured.snapshot.instance_id, captured.snapshot.id
-        manifest = await self._find_draft(instance, run_id)
-        if manifest.details["mode"] == STOPPED:
-            return captured
+        """See `Completion`."""
         freeze_s = captured.freeze_s
-        if manifest.details["mode"] == BACKGROUND:
-            freeze_s = self._freezes.pop(instance, None)
-            manifest = await self._finish_in_background(manifest)
-        return Captured(manifest.snapshot(), freeze_s, await self._look_after(manifest))
-
-    async def _finish_in_background(self, draft: Manifest) -> Manifest:
-        try:
-            await self._wait_saved(draft)
-            size = await in_thread(memory_file.trim, self.catalog.partial(draft.instance_id, draft.id) / MEMORY)
-            async with self.monitors.use(draft.instance_id) as monitor:
-                whole = completed(draft, await read_disks(monitor), size)
-                await self._write(whole)
-                await settling.tidy(monitor, whole)
-        except BaseException:
-            with trio.move_on_after(_CANCEL_PATIENCE_S, shield=True), suppress(BackendError):
-                async with self.monitors.use(draft.instance_id) as monitor:
-                    await background.end(monitor)
-            raise
-        return whole
-
-    async def _wait_saved(self, draft: Manifest) -> None:
-        """Wait by short looks: others may want the monitor in between."""
-        written, since, pause_s = -1, trio.current_time(), _FIRST_LOOK_S
-        while True:
-            with suppress(BackendUnavailable):
-                progress = await self._look_at_save(draft)
-                if not progress.under_way:
-                    return
-                if progress.written != written:
-                    written, since = progress.written, trio.current_time()
-            if trio.current_time() - since > STALL_S:
-                raise CaptureFailed(f"nothing was saved of the guest's memory for {STALL_S:g} s; given up")
-            await trio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_LOOK_S)
-
-    async def _look_at_save(self, draft: Manifest) -> background.Progress:
-        try:
-            async with self.monitors.use(draft.instance_id) as monitor:
-                progress = await background.progress_of(monitor)
-                trouble = await stuck.find_stuck(monitor)
-        except MonitorAbsent as error:
-            raise CaptureFailed(f"QEMU has ended while the guest's memory was saved: {error}") from error
-        if trouble is not None and trouble.full:
-            # Waiting longer would only make the guest stand still for longer.
-            raise CaptureFailed(await self._take_back(draft))
-        if not progress.under_way and progress.status != "completed":
-            raise background.failure(progress)
-        return progress
-
-    async def _look_after(self, manifest: Manifest) -> tuple[str, ...]:
-        """Look at the guest's next writes. Our snapshot may have taken the room for them."""
-        scarce = await in_thread(stuck.is_scarce, files_of(manifest))
-        try:
-            async with self.monitors.use(manifest.instance_id) as monitor:
-                trouble = await stuck.watch(monitor, stuck.SCARCE_LOOK_S if scarce else stuck.LOOK_S)
-        except BackendUnavailable:
-            return ()  # the snapshot is whole; what has become of the guest is for the next run to find
-        if trouble is None:
-            return ()
-        if trouble.full:
-            raise CaptureFailed(await self._take_back(manifest))
-        return ("the guest stands still at an I/O error that is none of space (QEMU: io-error); it is left alone",)
-
-    async def _take_back(self, manifest: Manifest) -> str:
-        """Delete a snapshot that has filled the guest's disk from there, let the guest go on once, and tell of it."""
-        async with self.monitors.use(manifest.instance_id) as monitor:
-            disks = await read_disks(monitor)
-            ours = shares(disks, manifest) or [disk for disk in disks if disk.find(manifest.name)]
-            full = ", ".join(disk.file for disk in disks if disk.out_of_room)
-            try:
-                await settling.clear(monitor, manifest, ours)
-                deleted = "it was deleted"
-            except BackendError as error:
-                deleted = f"it could not be deleted yet ({error})"
-            outcome = await stuck.continue_once(monitor)
-        return f"the snapshot left no room for the guest's writes to {full}; {deleted}, and {outcome}"
+        if captured.snapshot.instance_id in self._freezes:
+            freeze_s = self._freezes.pop(captured.snapshot.instance_id)
+        whole = await Completion(self.catalog, self.monitors).complete(captured)
+        return evolve(whole, freeze_s=freeze_s)
 
     async def _capturable(self, monitor: Monitor, request: CaptureRequest) -> Sequence[Disk]:
         disks = await read_disks(monitor)
@@ -305,12 +226,6 @@ class Capturing:
         home = self.catalog.home(instance, request.run_id)
         return new_draft(instance, request, disks, hypervisor, home=home, parameters=parameters)
 
-    async def _find_draft(self, instance: InstanceId, run_id: str) -> Manifest:
-        draft = await in_thread(self.catalog.draft, instance, run_id)
-        if draft is None:
-            raise CaptureFailed(f"the catalog has lost what was begun of run {run_id}")
-        return draft
-
     async def _write_draft(self, draft: Manifest) -> None:
         """The draft comes before all else, so that a tag found later is known for ours."""
         await in_thread(self._begin, draft)
@@ -322,12 +237,6 @@ class Capturing:
         sync_tree(directory)
         sync_tree(directory.parent, deep=False)
         sync_tree(self.catalog.root, deep=False)
-
-    async def _write(self, manifest: Manifest) -> None:
-        try:
-            await in_thread(self.catalog.write_manifest, manifest)
-        except BackendUnavailable as error:
-            raise CaptureFailed(str(error)) from error
 
 
 async def _check_running(monitor: Monitor) -> None:
