@@ -273,6 +273,20 @@ async def test_hypemand_killed_in_the_pause_leaves_a_guest_that_settling_resumes
         assert await settle(backend, request) == Settled()
 
 
+async def test_a_guest_is_resumed_even_while_the_catalog_is_not_there(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await hypemand_killed_after(backend, request, "pause")
+        (tmp_path / "catalog").rename(tmp_path / "unmounted")
+        with pytest.raises(BackendUnavailable, match="mounted"):
+            await settle(backend, request)
+        await assert_runs(backend, guest)
+        (tmp_path / "unmounted").rename(tmp_path / "catalog")
+        assert await settle(backend, request) == Settled()
+        await assert_nothing_left(guest, tmp_path, backend)
+
+
 async def test_after_the_resume_a_pause_is_an_operators_even_if_the_run_was_never_settled(tmp_path: Path) -> None:
     async with running_guest(tmp_path, filled=True) as guest:
         backend = await opened_in_background(guest, tmp_path)

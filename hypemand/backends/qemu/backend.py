@@ -199,26 +199,41 @@ class QemuBackend:
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:  # noqa: ARG002 - a mark in QEMU tells whose pause it is
         """Thaw the guest if the run's mark is there; adopt its snapshot whole, or remove it."""
+        # The guest comes first: it has to run again even where the catalog is not there.
+        thawed = run.freezes is Freezer.ENGINE and await self._thaw(run)
+        try:
+            found = await self._settle_snapshot(run)
+        except BackendUnavailable:
+            if thawed:
+                _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
+            raise
+        return await self._settled(run, found, resumed=thawed)
+
+    async def _thaw(self, run: RunStarted) -> bool:
+        try:
+            async with self.monitors.use(run.instance_id, patience_s=SETTLE_PATIENCE_S) as monitor:
+                return await settling.thaw(monitor, run.run_id)
+        except MonitorAbsent:
+            return False  # whether its QEMU has ended is seen by its disks
+
+    async def _settle_snapshot(self, run: RunStarted) -> settling.Found:
         await in_thread(self.catalog.check)
         published = await in_thread(self.catalog.find, run.instance_id, run.run_id)
         draft = await in_thread(self.catalog.draft, run.instance_id, run.run_id)
         if draft is None and run.freezes is not Freezer.ENGINE:
-            return Settled(published.snapshot() if published else None)
+            return settling.Found(published)
         try:
             async with self.monitors.use(run.instance_id, patience_s=SETTLE_PATIENCE_S) as monitor:
-                thawed = await settling.thaw(monitor, run.run_id)
-                found = settling.Found(published)
                 if draft is not None:
                     path = self.catalog.partial(run.instance_id, run.run_id) / MEMORY
                     memory = partial(in_thread, memory_file.trim, path)
-                    found = await settling.settle_draft(
-                        monitor, draft, memory, not_before=run.started_at - _CLOCK_SLACK
-                    )
-                elif published is not None:
+                    since = run.started_at - _CLOCK_SLACK
+                    return await settling.settle_draft(monitor, draft, memory, not_before=since)
+                if published is not None:
                     await settling.tidy(monitor, published)
         except MonitorAbsent as absent:
-            thawed, found = False, await self._settle_stopped(run, draft or published, absent)
-        return await self._settled(run, found, resumed=thawed)
+            return await self._settle_stopped(run, draft or published, absent)
+        return settling.Found(published)
 
     async def _settle_stopped(
         self, run: RunStarted, manifest: Manifest | None, absent: MonitorAbsent
