@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -26,7 +27,8 @@ from hypemand.backends.base import (
     Unsupported,
 )
 from hypemand.backends.qemu.backend import QemuBackend
-from hypemand.backends.qemu.disks import _is_remote, check_capturable
+from hypemand.backends.qemu.disks import check_capturable
+from hypemand.backends.qemu.names import is_remote, lasting_names
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Freezer, InstanceState, SnapshotKind
 from tests.qemu_backend import (
@@ -196,6 +198,23 @@ async def test_a_guest_with_hardware_that_cannot_be_saved_fails_with_qemus_reaso
         assert await marks_in(guest) == []
 
 
+async def test_a_drive_whose_writes_are_not_kept_is_refused(tmp_path: Path) -> None:
+    second = make_disk(tmp_path / "second.qcow2")
+    extra = ["-drive", f"if=virtio,id=data,format=qcow2,snapshot=on,file={second}"]
+    async with running_guest(tmp_path, extra=extra) as guest:
+        backend = await opened(guest, tmp_path)
+        with pytest.raises(Unsupported, match="data is not kept"):
+            await backend.prepare(WEB, SnapshotKind.STANDBY)
+
+
+async def test_memory_of_devices_is_part_of_the_estimate(tmp_path: Path) -> None:
+    extra = ["-device", "VGA,vgamem_mb=256"]
+    async with running_guest(tmp_path, extra=extra) as guest:
+        backend = await opened(guest, tmp_path)
+        (room,) = (await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms
+        assert room.needed_bytes > (64 + 256) << 20
+
+
 @pytest.mark.parametrize("disk_format", ["raw", "qcow2"])
 async def test_a_writable_network_disk_is_refused_by_name_with_what_to_do(tmp_path: Path, disk_format: str) -> None:
     exported = make_disk(tmp_path / "exported.qcow2")
@@ -228,10 +247,12 @@ async def test_a_writable_network_disk_is_refused_by_name_with_what_to_do(tmp_pa
         ("iscsi://10.0.0.1/iqn/0", True),
         ('json:{"driver":"qcow2","file":{"driver":"rbd","pool":"p"}}', True),
         ('json:{"driver":"qcow2","file":{"driver":"blkdebug","image":{"driver":"file","filename":"x"}}}', False),
+        ('json:{"driver":"qcow2","file":{"driver":"file","filename":"x"},"backing":{"driver":"nbd"}}', False),
+        ('json:{"driver":"qcow2","file":{"driver":"fi', False),
     ],
 )
 def test_what_is_on_a_network_is_told_by_its_name(name: str, remote: bool) -> None:
-    assert _is_remote(name) == remote
+    assert is_remote(name) == remote
 
 
 def test_a_guest_without_a_writable_disk_is_refused() -> None:
@@ -639,5 +660,12 @@ def test_the_ticker_is_what_its_source_says(tmp_path: Path) -> None:
 
 async def test_a_relative_disk_name_is_looked_up_where_qemu_runs(tmp_path: Path) -> None:
     """Else the space check would be left out in silence."""
+    (tmp_path / "disk.qcow2").touch()
     async with running_guest(tmp_path) as guest, qmp.connect(guest.socket) as monitor:
-        assert monitor.peer_directory() == Path.cwd()
+        process = monitor.peer_process()
+        assert process == guest.process.pid
+        relative = os.path.relpath(tmp_path / "disk.qcow2")
+        names = [relative, "elsewhere.qcow2", "web-1.qcow2", str(tmp_path / "disk.qcow2")]
+        # The third is relative to no directory that is known, but QEMU has it open.
+        expected = [str(tmp_path / "disk.qcow2"), "elsewhere.qcow2", str(guest.disk), str(tmp_path / "disk.qcow2")]
+        assert lasting_names(process, names) == expected

@@ -1,5 +1,6 @@
 """Mode background against a real QEMU: a freeze of milliseconds, the memory saved while the guest runs."""
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from attrs import evolve
 
 from hypemand.backends import qmp
 from hypemand.backends.base import (
@@ -22,6 +24,7 @@ from hypemand.backends.base import (
     Status,
     Unsupported,
 )
+from hypemand.backends.catalog import Manifest
 from hypemand.backends.qemu import background, capturing, completing, memory_file
 from hypemand.core.model import Freezer, InstanceState, SnapshotKind
 from tests.qemu_backend import (
@@ -190,7 +193,7 @@ async def test_a_save_that_is_cancelled_harms_no_guest_and_leaves_nothing_or_a_w
             with pytest.raises(BackendUnavailable, match="still being saved"):
                 await settle(backend, request)
             await speed_up(guest)
-            monkeypatch.undo()
+            monkeypatch.setattr("hypemand.backends.qemu.settling._SAVING_PATIENCE_S", 25.0)
             settled = await settle(backend, request)
             assert settled.snapshot is not None
             await backend.delete_snapshot(settled.snapshot)
@@ -208,8 +211,8 @@ async def test_a_capture_that_is_cancelled_in_the_pause_leaves_a_running_guest(
 ) -> None:
     begin = background.begin
 
-    async def begin_and_hang(monitor: qmp.Monitor, uri: str) -> None:
-        await begin(monitor, uri)
+    async def begin_and_hang(monitor: qmp.Monitor, uri: str, since: int) -> None:
+        await begin(monitor, uri, since)
         await monitor.execute("migrate-set-parameters", max_bandwidth=SLOW)
         await trio.sleep_forever()
 
@@ -283,6 +286,7 @@ async def test_a_guest_is_resumed_even_while_the_catalog_is_not_there(tmp_path: 
             await settle(backend, request)
         await assert_runs(backend, guest)
         (tmp_path / "unmounted").rename(tmp_path / "catalog")
+        assert await settle(backend, request) == Settled(resumed=True)
         assert await settle(backend, request) == Settled()
         await assert_nothing_left(guest, tmp_path, backend)
 
@@ -298,7 +302,10 @@ async def test_after_the_resume_a_pause_is_an_operators_even_if_the_run_was_neve
         assert await backend.state(WEB) == Status(InstanceState.PAUSED)
 
 
-async def test_hypemand_killed_while_memory_is_saved_loses_nothing_the_snapshot_is_adopted(tmp_path: Path) -> None:
+async def test_hypemand_killed_while_memory_is_saved_loses_nothing_the_snapshot_is_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hypemand.backends.qemu.settling._SAVING_PATIENCE_S", 25.0)  # however busy this machine is
     async with running_guest(tmp_path, memory_mb=256, filled=True) as guest:
         backend = await opened_in_background(guest, tmp_path)
         request = background_request()
@@ -321,6 +328,7 @@ async def test_a_save_that_still_goes_on_is_not_settled_yet(tmp_path: Path, monk
         with pytest.raises(BackendUnavailable, match="still being saved"):
             await settle(backend, request)
         await speed_up(guest)
+        monkeypatch.setattr("hypemand.backends.qemu.settling._SAVING_PATIENCE_S", 25.0)
         settled = await settle(backend, request)
         assert settled.snapshot is not None
 
@@ -509,8 +517,8 @@ async def test_a_connection_that_is_lost_in_the_pause_leaves_a_running_guest_and
 ) -> None:
     begin = background.begin
 
-    async def begin_and_lose(monitor: qmp.Monitor, uri: str) -> None:
-        await begin(monitor, uri)
+    async def begin_and_lose(monitor: qmp.Monitor, uri: str, since: int) -> None:
+        await begin(monitor, uri, since)
         with socket.socket(fileno=os.dup(monitor._stream.socket.fileno())) as line:
             line.shutdown(socket.SHUT_RDWR)
 
@@ -581,10 +589,136 @@ async def test_a_disk_that_is_taken_away_after_it_was_listed_fails_or_is_left_ou
             settled = await settle(backend, request)
             assert settled.snapshot is None
             assert await tags_on(guest) == {"disk0": []}
-            assert [str(second) in note for note in settled.notes] == [True]
         else:
             made = await captured(backend, request)
             await backend.publish(made.snapshot)
             assert await tags_on(guest) == {"disk0": [TAG]}
         await assert_runs(backend, guest)
         await take(backend, "next", freezes=freezes)
+
+
+async def test_a_guest_that_somebody_lets_go_on_in_our_pause_is_no_torn_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begin = background.begin
+
+    async def begin_after_a_foreign_cont(monitor: qmp.Monitor, uri: str, since: int) -> None:
+        await guest.qmp("cont")
+        await guest.next_ticks(3)
+        await begin(monitor, uri, since)
+
+    monkeypatch.setattr(background, "begin", begin_after_a_foreign_cont)
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        with pytest.raises(CaptureFailed, match="somebody let the guest go on"):
+            await begun(backend, request)
+        await assert_runs(backend, guest)
+        assert await settle(backend, request) == Settled()
+        await assert_nothing_left(guest, tmp_path, backend)
+
+
+async def test_memory_that_was_lost_by_a_power_failure_is_not_adopted(tmp_path: Path) -> None:
+    async with running_guest(tmp_path, filled=True) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await captured(backend, request)
+        (memory,) = tmp_path.glob("catalog/*/.*/memory")
+        os.truncate(memory, 4096)
+        assert await settle(backend, request) == Settled()
+        await assert_nothing_left(guest, tmp_path, backend)
+
+
+async def test_a_migration_of_somebody_else_that_is_complete_is_not_taken_for_our_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """QEMU tells of its last migration only, not whose it was."""
+    async with running_guest(tmp_path, filled=True) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        begin = await begun(backend, request)
+        await slow_down(guest)
+        (memory,) = tmp_path.glob("catalog/*/.*/memory")
+        told = await guest.qmp("query-migrate")
+        whole = background.Progress(status="completed", pages=9, written=told["ram"]["total"], total=0, error="")
+
+        async def of_another(monitor: qmp.Monitor) -> background.Progress:
+            return whole
+
+        monkeypatch.setattr(background, "progress_of", of_another)
+        with pytest.raises(CaptureFailed, match="somebody else has migrated"):
+            await backend.complete(begin)
+        assert memory.stat().st_size < whole.written
+        monkeypatch.undo()
+        assert await migration(guest) == "active"  # not cancelled: it might have been theirs
+        await speed_up(guest)
+        assert (await settle(backend, request)).snapshot is not None
+
+
+def test_a_save_is_told_by_what_it_has_written() -> None:
+    progress = background.Progress(status="active", pages=1, written=100 << 20, total=0, error="")
+    assert background.is_into(progress, 99 << 20, 101 << 20)
+    assert not background.is_into(progress, 10 << 20, 12 << 20)
+    assert not background.is_into(progress, 300 << 20, 300 << 20)
+    assert not background.is_whole(progress, 100 << 20)
+    done = evolve(progress, status="completed")
+    assert background.is_whole(done, 101 << 20)
+    assert not background.is_whole(done, 98 << 20)
+    assert not background.is_whole(done, 400 << 20)
+
+
+async def test_a_capability_that_a_killed_hypemand_has_left_on_is_set_off(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        on = [{"capability": "background-snapshot", "state": True}]
+        await guest.qmp("migrate-set-capabilities", capabilities=on)
+        backend = await opened_in_background(guest, tmp_path)
+        made = await take(backend, freezes=Freezer.ENGINE)
+        await assert_no_trace(guest, tmp_path)
+        await backend.delete_snapshot(made)
+
+
+async def test_a_migration_that_is_set_to_tls_falls_back_with_the_reason(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        await guest.qmp("migrate-set-parameters", tls_creds="tls0")
+        backend = await opened_in_background(guest, tmp_path)
+        prepared = await backend.prepare(WEB, SnapshotKind.STANDBY)
+        assert prepared.freezes is Freezer.HYPERVISOR
+        assert "TLS" in prepared.warnings[0]
+
+
+@pytest.mark.parametrize("freezes", [Freezer.HYPERVISOR, Freezer.ENGINE])
+async def test_a_name_that_somebody_takes_in_the_last_moment_stays_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freezes: Freezer
+) -> None:
+    """Two daemons over one guest would fire in the same second."""
+    write_draft = capturing.Capturing._write_draft
+
+    async def write_and_lose_the_race(self: capturing.Capturing, draft: Manifest) -> None:
+        await write_draft(self, draft)
+        await guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name=draft.name)
+
+    monkeypatch.setattr(capturing.Capturing, "_write_draft", write_and_lose_the_race)
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = new_request(freezes=freezes)
+        with pytest.raises(CaptureFailed, match="already exists"):
+            await captured(backend, request)
+        assert await settle(backend, request) == Settled()
+        assert await tags_on(guest) == {"disk0": [TAG]}
+        assert await marks_in(guest) == []
+        assert drafts_in(tmp_path) == []
+        await assert_runs(backend, guest)
+
+
+async def test_a_guest_that_is_stuck_at_a_write_when_it_is_resumed_is_not_resumed_for_ever(tmp_path: Path) -> None:
+    async with running_guest(tmp_path, fails={"cow_write": errno.EIO}) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await backend.pause(WEB, request)
+        await backend.capture(WEB, request)
+        await guest.qmp("cont")
+        with trio.fail_after(30):
+            while (await guest.qmp("query-status"))["status"] != "io-error":
+                await trio.sleep(0.01)
+        await backend.resume(WEB)
+        assert [mark for mark in await marks_in(guest) if "paused" in mark] == []

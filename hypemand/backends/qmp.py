@@ -114,15 +114,12 @@ class Monitor:
         self._reader = MessageReader()
         self._last_id = 0
 
-    def peer_directory(self) -> Path:
-        """The working directory of the QEMU at the other end, to which relative names in its answers belong.
-
-        An empty path where that is not to be known.
-        """
+    def peer_process(self) -> int | None:
+        """The id of the QEMU at the other end; None where it is not to be known."""
         with suppress(OSError):
             credentials = self._stream.socket.getsockopt(sockets.SOL_SOCKET, sockets.SO_PEERCRED, _CREDENTIALS.size)
-            return Path(f"/proc/{_CREDENTIALS.unpack(credentials)[0]}/cwd").readlink()
-        return Path()
+            return int(_CREDENTIALS.unpack(credentials)[0]) or None
+        return None
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run *command* and return its answer, however long QEMU takes.

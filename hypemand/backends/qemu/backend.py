@@ -27,7 +27,7 @@ from hypemand.backends.base import (
     Unsupported,
 )
 from hypemand.backends.catalog import Catalog, Manifest
-from hypemand.backends.qemu import images, memory_file, settling
+from hypemand.backends.qemu import images, settling
 from hypemand.backends.qemu.capturing import Capturing
 from hypemand.backends.qemu.disks import Disk, read_disks
 from hypemand.backends.qemu.jobs import delete
@@ -65,6 +65,7 @@ class QemuBackend:
     settings: QemuSettings
     catalog: Catalog
     monitors: Monitors
+    _found_frozen: set[str] = Factory(set)
     _capturing: Capturing = field(
         init=False, default=Factory(lambda self: Capturing(self.catalog, self.monitors), takes_self=True)
     )
@@ -200,14 +201,11 @@ class QemuBackend:
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:  # noqa: ARG002 - a mark in QEMU tells whose pause it is
         """Thaw the guest if the run's mark is there; adopt its snapshot whole, or remove it."""
         # The guest comes first: it has to run again even where the catalog is not there.
-        thawed = run.freezes is Freezer.ENGINE and await self._thaw(run)
-        try:
-            found = await self._settle_snapshot(run)
-        except BackendUnavailable:
-            if thawed:
-                _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
-            raise
-        return await self._settled(run, found, resumed=thawed)
+        if run.freezes is Freezer.ENGINE and await self._thaw(run):
+            _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
+            self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
+        found = await self._settle_snapshot(run)
+        return await self._settled(run, found, resumed=run.run_id in self._found_frozen)
 
     async def _thaw(self, run: RunStarted) -> bool:
         try:
@@ -222,33 +220,41 @@ class QemuBackend:
         draft = await in_thread(self.catalog.draft, run.instance_id, run.run_id)
         if draft is None and run.freezes is not Freezer.ENGINE:
             return settling.Found(published)
+        memory = self.catalog.partial(run.instance_id, run.run_id) / MEMORY
         try:
             async with self.monitors.use(run.instance_id, patience_s=SETTLE_PATIENCE_S) as monitor:
+                if draft is not None and run.run_id in self._capturing.nothing_made:
+                    await settling.tidy(monitor, draft)
+                    return settling.Found()
                 if draft is not None:
-                    path = self.catalog.partial(run.instance_id, run.run_id) / MEMORY
-                    memory = partial(in_thread, memory_file.trim, path)
                     since = run.started_at - _CLOCK_SLACK
                     return await settling.settle_draft(monitor, draft, memory, not_before=since)
                 if published is not None:
                     await settling.tidy(monitor, published)
         except MonitorAbsent as absent:
-            return await self._settle_stopped(run, draft or published, absent)
+            return await self._settle_stopped(run, draft, published, absent)
         return settling.Found(published)
 
     async def _settle_stopped(
-        self, run: RunStarted, manifest: Manifest | None, absent: MonitorAbsent
+        self, run: RunStarted, draft: Manifest | None, published: Manifest | None, absent: MonitorAbsent
     ) -> settling.Found:
         """QEMU has ended, which its lock on the disks proves: by them it is seen what became of the capture."""
+        manifest = draft or published
         if manifest is None:
             return settling.Found()
         files = await in_thread(images.present, files_of(manifest))
+        files = files or await in_thread(self.settings.disks_of, run.instance_id)
         if not files:
             raise absent
-        return await settling.settle_stopped(
-            await images.read_images(files), manifest, not_before=run.started_at - _CLOCK_SLACK
-        )
+        disks = await images.read_images(files, unlocked=True)
+        if draft is None:
+            return settling.Found(published)
+        memory = self.catalog.partial(run.instance_id, run.run_id) / MEMORY
+        return await settling.settle_stopped(disks, draft, memory, not_before=run.started_at - _CLOCK_SLACK)
 
     async def _settled(self, run: RunStarted, found: settling.Found, *, resumed: bool) -> Settled:
+        self._found_frozen.discard(run.run_id)
+        self._capturing.nothing_made.discard(run.run_id)
         if found.whole is None:
             await in_thread(self.catalog.discard, run.instance_id, run.run_id)
             return Settled(resumed=resumed, notes=found.notes)

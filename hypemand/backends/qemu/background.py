@@ -27,6 +27,9 @@ with it, then hangs at its next write (seen with 7.2, mended upstream by "stop t
 background migration"). There a save is never cancelled; it is left to come to its end, and then deleted."""
 _LOOK_S = 0.001
 _BEGIN_PATIENCE_S = 0.5
+_SHIELDED_S = 2.0
+_SLACK_BYTES = 1 << 20
+_DEVICE_BYTES = 64 << 20
 
 
 @frozen(kw_only=True)
@@ -93,20 +96,24 @@ async def why_impossible(monitor: Monitor) -> str | None:
 
     QEMU tries with the kernel when the capability is set; it is set back at once.
     """
-    if CAPABILITY not in (states := await _capabilities(monitor)):
+    if CAPABILITY not in await _capabilities(monitor):
         return "this QEMU is older than 6.0"
-    try:
-        await _set_capability(monitor, on=True)
-    except QmpError as error:
-        return error.desc
-    await _set_capability(monitor, on=states[CAPABILITY])
+    if (await monitor.execute("query-migrate-parameters")).get("tls-creds"):
+        return "migrations of this QEMU are set to use TLS"
+    # Left on, it would make the operator's next migration one in the background.
+    with trio.CancelScope(shield=True, deadline=trio.current_time() + _SHIELDED_S):
+        try:
+            await _set_capability(monitor, on=True)
+        except QmpError as error:
+            return error.desc
+        await _set_capability(monitor, on=False)
     return None
 
 
 async def parameters(monitor: Monitor) -> Mapping[str, Any]:
-    """What `set_up` is going to change."""
+    """What `set_up` is going to change. If the capability is on, a capture that was killed has left it so."""
     values = await monitor.execute("query-migrate-parameters")
-    return {CAPABILITY: (await _capabilities(monitor))[CAPABILITY], _BANDWIDTH: values[_BANDWIDTH]}
+    return {CAPABILITY: False, _BANDWIDTH: values[_BANDWIDTH]}
 
 
 async def set_up(monitor: Monitor) -> None:
@@ -117,10 +124,11 @@ async def set_up(monitor: Monitor) -> None:
 
 async def set_back(monitor: Monitor, parameters: Mapping[str, Any]) -> None:
     """Set *parameters* as they were. What QEMU refuses is passed over: another migration goes by them already."""
-    with suppress(QmpError):
-        if CAPABILITY in parameters:
+    if CAPABILITY in parameters:
+        with suppress(QmpError):
             await _set_capability(monitor, on=parameters[CAPABILITY])
-        if _BANDWIDTH in parameters:
+    if _BANDWIDTH in parameters:
+        with suppress(QmpError):
             await monitor.execute("migrate-set-parameters", max_bandwidth=parameters[_BANDWIDTH])
 
 
@@ -159,13 +167,16 @@ async def forget_file(monitor: Monitor, name: str) -> None:
             await monitor.execute("remove-fd", fdset_id=known["fdset-id"])
 
 
-async def begin(monitor: Monitor, uri: str) -> None:
-    """Begin to save the memory of the guest, which stands still; return once it may go on.
+async def begin(monitor: Monitor, uri: str, since: int) -> None:
+    """Begin to save the memory of the guest, which stands still by our stop; return once it may go on.
 
     Some versions of QEMU let it go on by themselves.
 
+    Args:
+        since: How many events were there right before our stop.
+
     Raises:
-        CaptureFailed: With QEMU's reason.
+        CaptureFailed: With QEMU's reason, or because somebody let the guest go on before.
     """
     try:
         await monitor.execute("migrate", uri=uri)
@@ -174,9 +185,11 @@ async def begin(monitor: Monitor, uri: str) -> None:
     while not (progress := await progress_of(monitor)).has_begun:
         if not progress.under_way:
             raise failure(progress)
-        if (await monitor.execute("query-status"))["status"] == "running":
-            return
         await trio.sleep(_LOOK_S)
+    if sum(event.name == "STOP" for event in monitor.events[since:]) > 1:
+        # QEMU had to stop it anew: its memory is of another instant than its disks.
+        await disown(monitor)
+        raise CaptureFailed("somebody let the guest go on while its snapshot was taken")
 
 
 def failure(progress: Progress) -> CaptureFailed:
@@ -198,14 +211,14 @@ async def go_on(monitor: Monitor) -> None:
         if progress.has_begun or not progress.under_way:
             break
         if trio.current_time() > until:
-            await _disown(monitor)
+            await disown(monitor)
             await end(monitor)
             break
         await trio.sleep(_LOOK_S)
     await monitor.execute("cont")
 
 
-async def _disown(monitor: Monitor) -> None:
+async def disown(monitor: Monitor) -> None:
     """Take away the mark by which a save could be adopted."""
     for name in await marks(monitor):
         if name.startswith(saving_mark("")):
@@ -223,6 +236,17 @@ async def progress_of(monitor: Monitor) -> Progress:
         total=ram.get("total", 0),
         error=str(told.get("error-desc", "")),
     )
+
+
+def is_whole(progress: Progress, size: int) -> bool:
+    """Whether a file of *size* holds all that the completed save wrote. QEMU tells of its last, whosever it is."""
+    written = progress.written
+    return progress.status == "completed" and written - _SLACK_BYTES <= size <= written + _DEVICE_BYTES
+
+
+def is_into(progress: Progress, size_before: int, size_after: int) -> bool:
+    """Whether a save under way goes into a file that had these sizes before and after the progress was asked."""
+    return size_before - _SLACK_BYTES <= progress.written <= size_after + _SLACK_BYTES
 
 
 async def end(monitor: Monitor) -> None:

@@ -5,10 +5,10 @@ capture that failed.
 """
 
 import os
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import structlog
 import trio
@@ -26,7 +26,7 @@ from hypemand.backends.catalog import Catalog, Manifest, sync_tree
 from hypemand.backends.qemu import background, images, memory_file, settling, stuck
 from hypemand.backends.qemu.completing import END_PATIENCE_S, Completion, write_whole
 from hypemand.backends.qemu.disks import Disk, check_capturable, check_free, read_disks
-from hypemand.backends.qemu.jobs import check_alone, frozen_s, save, snapshot_disks
+from hypemand.backends.qemu.jobs import NameTaken, check_alone, frozen_s, save, snapshot_disks
 from hypemand.backends.qemu.manifest import MEMORY, STOPPED, completed, files_of, mode_of, new_draft
 from hypemand.backends.qemu.monitors import Monitors
 from hypemand.backends.qemu.preparing import memory_estimate
@@ -44,11 +44,13 @@ class _Ready:
 
     Attributes:
         uri: By which QEMU knows the memory file that it was handed.
+        events: How many events there were right before our stop.
     """
 
     draft: Manifest
     disks: Sequence[Disk]
     uri: str
+    events: int = 0
 
 
 @frozen(eq=False)
@@ -56,12 +58,16 @@ class Capturing:
     """Captures the guests of one backend.
 
     Attributes:
+        nothing_made: Runs that failed before there was anything of theirs on a disk: a tag by their name is
+            somebody else's.
         _freezes: How long guests stood still, by QEMU's events.
         _paused: The disks of guests that stand still for us.
+        _ready: What is ready for the capture of guests that stand still for us.
     """
 
     catalog: Catalog
     monitors: Monitors
+    nothing_made: set[str] = Factory(set)
     _paused: dict[InstanceId, Sequence[str]] = Factory(dict)
     _ready: dict[InstanceId, _Ready] = Factory(dict)
     _freezes: dict[InstanceId, float | None] = Factory(dict)
@@ -77,16 +83,20 @@ class Capturing:
                 await self._make_ready(monitor, instance, request)
                 await _check_running(monitor)
             await background.mark(monitor, mark)
+            if instance in self._ready:
+                self._ready[instance] = evolve(self._ready[instance], events=len(monitor.events))
             await monitor.execute("stop")
 
     async def _make_ready(self, monitor: Monitor, instance: InstanceId, request: CaptureRequest) -> None:
         await check_alone(monitor, CaptureFailed)
         disks = await self._capturable(monitor, request)
-        draft = await self._draft(monitor, instance, request, disks, await background.parameters(monitor))
+        draft = await self._draft(monitor, instance, request, disks)
+        to_come = {"parameters": await background.parameters(monitor), "memory_bytes": await memory_estimate(monitor)}
+        draft = evolve(draft, details={**draft.details, **to_come})
         await self._write_draft(draft)
         await background.set_up(monitor)
         path = self.catalog.partial(instance, request.run_id) / MEMORY
-        descriptor = await in_thread(memory_file.open_reserved, path, await memory_estimate(monitor))
+        descriptor = await self._open_reserved(path, draft.details["memory_bytes"])
         try:
             uri = await background.pass_file(monitor, descriptor, background.file_name(request.run_id))
         finally:
@@ -94,6 +104,22 @@ class Capturing:
         await background.mark(monitor, background.saving_mark(request.run_id))
         self._ready[instance] = _Ready(draft, disks, uri)
         self._paused[instance] = files_of(draft)
+
+    async def _open_reserved(self, path: Path, size: int) -> int:
+        """`memory_file.open_reserved`; nobody waits for a thread that is left behind, so it has to close by itself."""
+        given_up = threading.Event()
+
+        def work() -> int:
+            descriptor = memory_file.open_reserved(path, size)
+            if given_up.is_set():
+                os.close(descriptor)
+            return descriptor
+
+        try:
+            return await in_thread(work)
+        except BaseException:
+            given_up.set()
+            raise
 
     async def resume(self, instance: InstanceId) -> None:
         """Let the guest go on where a mark says that it stands still for us, and take the mark away."""
@@ -110,7 +136,7 @@ class Capturing:
         files = await in_thread(images.present, self._paused.get(instance, ()))
         if not files:
             raise BackendUnavailable("nobody listens at its monitor, and its disks are not seen from here")
-        await images.read_images(files)
+        await images.read_images(files, unlocked=True)
         _log.warning("QEMU has ended while its guest stood still for us", instance_id=instance)
         self._paused.pop(instance, None)
 
@@ -118,7 +144,7 @@ class Capturing:
         async with self.monitors.use(instance) as monitor:
             word = (await monitor.execute("query-status"))["status"]
             ours = [mark for mark in await background.marks(monitor) if mark.startswith(background.paused_mark(""))]
-            if word not in ("running", "paused"):
+            if word not in ("running", "paused") and not ours:
                 raise InvalidState(f"QEMU is in state {word}: only a paused guest can be resumed")
             if word == "paused" and ours:
                 await background.go_on(monitor)
@@ -148,6 +174,9 @@ class Capturing:
         first = len(monitor.events)
         try:
             await save(monitor, settling.save_job(request.run_id), request.name, disks)
+        except NameTaken:
+            self.nothing_made.add(request.run_id)
+            raise
         except CaptureFailed as error:
             raise CaptureFailed(f"{error}{await self._clear_failed(monitor, draft)}") from error
         freeze_s = frozen_s(monitor.events[first:])
@@ -170,13 +199,20 @@ class Capturing:
     async def _begin_in_background(self, monitor: Monitor, instance: InstanceId, request: CaptureRequest) -> Captured:
         ready = self._ready.pop(instance)
         try:
-            await snapshot_disks(monitor, request.name, ready.disks)
-            await background.begin(monitor, ready.uri)
+            await self._snapshot_disks(monitor, request, ready.disks)
+            await background.begin(monitor, ready.uri, ready.events)
         except BaseException:
             with trio.move_on_after(END_PATIENCE_S, shield=True), suppress(BackendError):
                 await background.end(monitor)
             raise
         return Captured(ready.draft.snapshot())
+
+    async def _snapshot_disks(self, monitor: Monitor, request: CaptureRequest, disks: Sequence[Disk]) -> None:
+        try:
+            await snapshot_disks(monitor, request.name, disks)
+        except CaptureFailed:
+            self.nothing_made.add(request.run_id)
+            raise
 
     async def _capture_stopped(self, instance: InstanceId, request: CaptureRequest, files: Sequence[Path]) -> Captured:
         try:
@@ -195,7 +231,9 @@ class Capturing:
                 await images.create(disk, request.name)
             whole = completed(draft, await images.read_images(files))
         except images.ImageInUse as error:
-            raise CaptureFailed(f"the guest was started during its capture: {error}") from error
+            raise CaptureFailed(
+                f"{error}: the guest was started during its capture, or runs without its monitor"
+            ) from error
         await write_whole(self.catalog, whole)
         return Captured(whole.snapshot())
 
@@ -219,12 +257,11 @@ class Capturing:
         instance: InstanceId,
         request: CaptureRequest,
         disks: Sequence[Disk],
-        parameters: Any = None,
     ) -> Manifest:
         uuid = (await monitor.execute("query-uuid"))["UUID"]
         hypervisor = {"name": "qemu", "version": monitor.version, "uuid": uuid}
         home = self.catalog.home(instance, request.run_id)
-        return new_draft(instance, request, disks, hypervisor, home=home, parameters=parameters)
+        return new_draft(instance, request, disks, hypervisor, home=home)
 
     async def _write_draft(self, draft: Manifest) -> None:
         """The draft comes before all else, so that a tag found later is known for ours."""

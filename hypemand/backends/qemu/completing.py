@@ -40,9 +40,13 @@ class Completion:
         return Captured(manifest.snapshot(), captured.freeze_s, await self._look_after(manifest))
 
     async def _finish_in_background(self, draft: Manifest) -> Manifest:
+        memory = self.catalog.partial(draft.instance_id, draft.id) / MEMORY
         try:
-            await self._wait_saved(draft)
-            size = await in_thread(memory_file.trim, self.catalog.partial(draft.instance_id, draft.id) / MEMORY)
+            await in_thread(memory_file.reserve_again, memory, draft.details["memory_bytes"])
+            progress = await self._wait_saved(draft)
+            # Durable before the manifest says that it is whole: a power failure must not leave half of it listed.
+            size = await in_thread(memory_file.trim, memory)
+            _check_whole(progress, size)
             async with self.monitors.use(draft.instance_id) as monitor:
                 whole = completed(draft, await read_disks(monitor), size)
                 await write_whole(self.catalog, whole)
@@ -50,18 +54,18 @@ class Completion:
         except BaseException:
             with trio.move_on_after(END_PATIENCE_S, shield=True), suppress(BackendError):
                 async with self.monitors.use(draft.instance_id) as monitor:
-                    await background.end(monitor)
+                    await settling.end_save(monitor, memory)
             raise
         return whole
 
-    async def _wait_saved(self, draft: Manifest) -> None:
+    async def _wait_saved(self, draft: Manifest) -> background.Progress:
         """Wait by short looks: others may want the monitor in between."""
         written, since, pause_s = -1, trio.current_time(), _FIRST_LOOK_S
         while True:
             with suppress(BackendUnavailable):
                 progress = await self._look_at_save(draft)
                 if not progress.under_way:
-                    return
+                    return progress
                 if progress.written != written:
                     written, since = progress.written, trio.current_time()
             if trio.current_time() - since > STALL_S:
@@ -116,6 +120,11 @@ class Completion:
         if draft is None:
             raise CaptureFailed(f"the catalog has lost what was begun of run {run_id}")
         return draft
+
+
+def _check_whole(progress: background.Progress, size: int) -> None:
+    if not background.is_whole(progress, size):
+        raise CaptureFailed("the guest's memory was not saved to the end: somebody else has migrated it meanwhile")
 
 
 async def write_whole(catalog: Catalog, manifest: Manifest) -> None:

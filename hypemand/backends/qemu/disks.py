@@ -3,23 +3,18 @@
 Which snapshot is whose is decided by the manifest; here are the means to tell.
 """
 
-import os
-import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import orjson
 import trio
 from attrs import frozen
 
 from hypemand.backends.base import CaptureFailed, Unsupported
+from hypemand.backends.qemu.names import is_remote, is_temporary, lasting_names
+from hypemand.backends.qemu.threads import limiter_of
 from hypemand.backends.qmp import Monitor
 
 QCOW2 = "qcow2"
-_REMOTE = frozenset(
-    {"nbd", "rbd", "iscsi", "ssh", "nfs", "gluster", "http", "https", "ftp", "ftps", "vxhs", "sheepdog", "rados"}
-)
 
 
 @frozen
@@ -51,6 +46,7 @@ class Disk:
         file: Lasts, and is the same whether QEMU runs or not; absolute where it is a file that is seen from here.
         out_of_room: Whether the guest's last write failed for lack of space.
         is_remote: Whether it is reached over a network protocol of QEMU's own.
+        is_temporary: Whether what is written to it goes when QEMU ends.
     """
 
     device: str
@@ -60,6 +56,7 @@ class Disk:
     entries: tuple[Entry, ...] = ()
     out_of_room: bool = False
     is_remote: bool = False
+    is_temporary: bool = False
 
     def find(self, tag: str) -> Entry | None:
         """The first of that name: the one that QEMU loads and deletes, should there be more."""
@@ -71,15 +68,10 @@ async def read_disks(monitor: Monitor) -> tuple[Disk, ...]:
     blocks = await monitor.execute("query-block")
     writable = [block for block in blocks if "inserted" in block and not block["inserted"]["ro"]]
     names = [block["inserted"]["file"] for block in writable]
-    files = await trio.to_thread.run_sync(_lasting, monitor.peer_directory(), names, abandon_on_cancel=True)
+    files = await trio.to_thread.run_sync(
+        lasting_names, monitor.peer_process(), names, abandon_on_cancel=True, limiter=limiter_of(" ".join(names))
+    )
     return tuple(_disk(block, file) for block, file in zip(writable, files, strict=True))
-
-
-def _lasting(directory: Path, names: Sequence[str]) -> list[str]:
-    """Names as they hold in this process too: absolute and without links, where there is such a file."""
-    return [
-        os.path.realpath(path) if (path := directory / name).is_absolute() and path.exists() else name for name in names
-    ]
 
 
 def _disk(block: Mapping[str, Any], file: str) -> Disk:
@@ -92,23 +84,9 @@ def _disk(block: Mapping[str, Any], file: str) -> Disk:
         format=inserted["drv"],
         entries=tuple(entry_of(found) for found in inserted["image"].get("snapshots", ())),
         out_of_room=block.get("io-status") == "nospace",
-        is_remote=_is_remote(inserted["file"]),
+        is_remote=is_remote(inserted["file"]),
+        is_temporary=is_temporary(file),
     )
-
-
-def _is_remote(name: str) -> bool:
-    """Whether QEMU's *name* of a file is that of something on a network."""
-    if name.startswith("json:"):
-        return not _REMOTE.isdisjoint(_drivers(orjson.loads(name.removeprefix("json:"))))
-    protocol = re.match(r"([a-z]+)(\+[a-z]+)?:", name)
-    return protocol is not None and protocol[1] in _REMOTE
-
-
-def _drivers(spec: Any) -> Iterator[str]:
-    if isinstance(spec, dict):
-        yield str(spec.get("driver", ""))
-        for inner in spec.values():
-            yield from _drivers(inner)
 
 
 def check_capturable(disks: Sequence[Disk], way_out: str = "attach it read-only") -> None:
@@ -119,6 +97,12 @@ def check_capturable(disks: Sequence[Disk], way_out: str = "attach it read-only"
     if other:
         raise Unsupported(
             f"writable but not qcow2: {', '.join(other)}; convert it (qemu-img convert -O qcow2) or {way_out}"
+        )
+    temporary = [disk.device for disk in disks if disk.is_temporary]
+    if temporary:
+        raise Unsupported(
+            f"what the guest writes to {', '.join(temporary)} is not kept (-snapshot, snapshot=on):"
+            " nor would a snapshot of it"
         )
     remote = [f"{disk.device} ({disk.file})" for disk in disks if disk.is_remote]
     if remote:

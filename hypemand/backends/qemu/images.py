@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import trio
 
 from hypemand.backends.base import BackendError, BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.qemu.disks import QCOW2, Disk, entry_of
+from hypemand.backends.qemu.threads import limiter_of
 
 _LOCKED = re.compile(r'Failed to get (shared )?"\w+" lock')
 _ABSENT = "No such file or directory"
@@ -23,15 +23,19 @@ class ImageInUse(BackendUnavailable):
     """A QEMU holds the image: its guest runs, whatever became of the monitor."""
 
 
-async def read_images(files: Sequence[Path]) -> tuple[Disk, ...]:
+async def read_images(files: Sequence[Path], *, unlocked: bool = False) -> tuple[Disk, ...]:
     """The disks in *files*, in that order, without those that are only the base of another one among them.
+
+    Args:
+        unlocked: Make sure that no QEMU holds them. A guest that is started at
+            that moment may find them held by us, so this is not for mere reading.
 
     Raises:
         ImageInUse: One is held by a running QEMU.
         BackendUnavailable: One is missing or can't be read.
         Unsupported: There is no qemu-img.
     """
-    found = [(path, await _info(path)) for path in files]
+    found = [(path, await _info(path, unlocked=unlocked)) for path in files]
     # Others may stand on the same base: a snapshot in it would be a change under their feet.
     named = [path.parent / info["backing-filename"] for path, info in found if "backing-filename" in info]
     bases = await trio.to_thread.run_sync(lambda: {os.path.realpath(base) for base in named}, abandon_on_cancel=True)
@@ -84,9 +88,10 @@ async def delete(disk: Disk, tag: str) -> None:
             raise BackendError(f"{disk.file}: snapshot {tag} could not be deleted: {error}") from error
 
 
-async def _info(path: Path) -> dict[str, Any]:
+async def _info(path: Path, *, unlocked: bool) -> dict[str, Any]:
+    shared = () if unlocked else ("--force-share",)
     try:
-        info: dict[str, Any] = orjson.loads(await _run(str(path), "info", "--output=json"))
+        info: dict[str, Any] = orjson.loads(await _run(str(path), "info", "--output=json", *shared))
     except (BackendUnavailable, Unsupported):
         raise
     except BackendError as error:
@@ -99,7 +104,10 @@ async def _info(path: Path) -> dict[str, Any]:
 def _name(file: str) -> str:
     """*file* for qemu-img, with nothing left to guess: no format, no protocol, and none of the images below it."""
     spec = {"driver": QCOW2, "backing": None, "file": {"driver": "file", "filename": file}}
-    return "json:" + orjson.dumps(spec).decode()
+    try:
+        return "json:" + orjson.dumps(spec).decode()
+    except TypeError as error:  # orjson's error for what is not UTF-8
+        raise Unsupported(f"{file!r}: a disk's name has to be UTF-8") from error
 
 
 async def _run(file: str, *args: str) -> bytes:
@@ -108,7 +116,7 @@ async def _run(file: str, *args: str) -> bytes:
     On cancellation it goes on by itself: killed in the middle of a change it could spoil the image.
     """
     name = _name(file)
-    done = await trio.to_thread.run_sync(_wait, (*args, name), abandon_on_cancel=True, limiter=_threads())
+    done = await trio.to_thread.run_sync(_wait, (*args, name), abandon_on_cancel=True, limiter=limiter_of(file))
     if done.returncode == 0:
         return done.stdout
     said = " ".join(done.stderr.decode(errors="replace").replace(name, file).split())
@@ -132,9 +140,3 @@ def _wait(args: Sequence[str]) -> "subprocess.CompletedProcess[bytes]":
         )
     except FileNotFoundError:
         raise Unsupported("qemu-img is not installed; on Debian: apt-get install qemu-utils") from None
-
-
-@cache
-def _threads() -> trio.CapacityLimiter:
-    """Threads of their own: images on a filesystem that hangs leave the others to other work."""
-    return trio.CapacityLimiter(40)

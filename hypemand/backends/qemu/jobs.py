@@ -17,6 +17,10 @@ _OVER = frozenset({"concluded", "null"})
 _NOT_MIGRATING = frozenset({None, "none", "completed", "failed", "cancelled"})
 
 
+class NameTaken(CaptureFailed):
+    """There is a snapshot of that name already. Nothing was made."""
+
+
 async def check_alone(monitor: Monitor, error: type[BackendError] = BackendUnavailable) -> None:
     """Raise *error* where somebody else has a job or a migration under way in this QEMU, by its name."""
     for job in await monitor.execute("query-jobs"):
@@ -49,6 +53,8 @@ async def save(monitor: Monitor, job_id: str, tag: str, disks: Sequence[Disk]) -
     except QmpError as error:
         raise CaptureFailed(str(error)) from error
     job = await finished(monitor, job_id)
+    if job is not None and "already exists" in job.get("error", ""):
+        raise NameTaken(f"QEMU: {job['error']}")
     if job is None or "error" in job:
         raise CaptureFailed(
             f"QEMU: {job['error']}" if job else "somebody dismissed the job before its verdict was read"

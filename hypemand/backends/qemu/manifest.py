@@ -33,13 +33,11 @@ def new_draft(
     hypervisor: Mapping[str, str],
     *,
     home: Path,
-    parameters: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """The manifest of a capture that is about to begin.
 
     Args:
         home: Where the snapshot will be in the catalog.
-        parameters: What is to be set back in QEMU when the capture is over.
     """
     mode, files = mode_of(request), [disk.file for disk in disks]
     return Manifest(
@@ -52,7 +50,7 @@ def new_draft(
         size_bytes=0,
         hypervisor=hypervisor,
         restore=_restore(mode, request.name, files, home / MEMORY),
-        details={"mode": mode, "disks": [{"file": file} for file in files], "parameters": dict(parameters or {})},
+        details={"mode": mode, "disks": [{"file": file} for file in files]},
     )
 
 

@@ -8,6 +8,7 @@ import ctypes
 import errno
 import os
 import tempfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -47,13 +48,34 @@ def open_reserved(path: Path, size: int) -> int:
     return descriptor
 
 
-def trim(path: Path) -> int:
-    """Give back the room that was not needed, and return the size in bytes; 0 where there is no file."""
+def reserve_again(path: Path, size: int) -> None:
+    """Reserve what is left of *size*: a QEMU that opens the file by itself gives back what was reserved before."""
+    with suppress(OSError):  # as good as it goes: the save is under way
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            _reserve(descriptor, size)
+        finally:
+            os.close(descriptor)
+
+
+def size_of(path: Path) -> int:
+    """The size in bytes; 0 where there is no file."""
     try:
-        size = path.stat().st_size
+        return path.stat().st_size
     except FileNotFoundError:
         return 0
-    os.truncate(path, size)
+
+
+def trim(path: Path) -> int:
+    """Give back the room that was not needed, make the file durable, and return its size; 0 where there is none."""
+    size = size_of(path)
+    if size:
+        os.truncate(path, size)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
     return size
 
 

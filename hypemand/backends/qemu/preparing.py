@@ -1,5 +1,6 @@
 """What is looked at before a capture: can this guest be captured, how, and what room will it take. Changes nothing."""
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypemand.backends.qmp import Monitor
 from hypemand.core.model import Freezer
 
 _MEMORY_MARGIN = 64 * 1024 * 1024
-"""For the memory of its devices, such as graphics adapters."""
+"""For the state of its devices."""
 _DISK_MARGIN = 16 * 1024 * 1024
 """For the tables that a snapshot adds to a disk."""
 _FALLBACK = (
@@ -82,6 +83,10 @@ async def memory_estimate(monitor: Monitor) -> int:
     """What the guest's saved memory takes in bytes, with its devices; on the safe side."""
     summary = await monitor.execute("query-memory-size-summary")
     ram: int = summary["base-memory"] + summary.get("plugged-memory", 0)
+    # Devices have memory, too, of which only the human monitor tells: name, page size, offset, used, total.
+    told = await monitor.execute("human-monitor-command", command_line="info ramblock")
+    blocks = sum(int(used, 16) for used in re.findall(r"0x[0-9a-f]+\s+(0x[0-9a-f]+)\s+0x[0-9a-f]+", told))
+    ram = max(ram, blocks)
     return ram + ram // 16 + _MEMORY_MARGIN
 
 

@@ -1,8 +1,9 @@
 """The config keys of a qemu backend, and what its path templates lead to."""
 
+import fnmatch
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,7 +40,8 @@ class QemuSettings:
         """Check what a type alone does not say."""
         broken = [RuleBroken(rule, "socket") for rule in _misplaced(self.socket)]
         for number, disk in enumerate(self.disks):
-            broken += [RuleBroken(rule, f"disks[{number}]") for rule in (*_misplaced(disk), *_ambiguous(disk))]
+            rules = [*_misplaced(disk), *_ambiguous(disk)] or [*_overlapping(disk, self.disks[:number])]
+            broken += [RuleBroken(rule, f"disks[{number}]") for rule in rules]
         if self.mode not in (INTERNAL, BACKGROUND):
             broken.append(RuleBroken(f"{self.mode!r} must be {INTERNAL!r} or {BACKGROUND!r}", "mode"))
         if broken:
@@ -77,6 +79,30 @@ def _ambiguous(template: Path) -> Iterator[str]:
         yield f"{str(template)!r} must not have a wildcard beside {PLACEHOLDER}, in the same part of the path"
     if "**" in template.parts:
         yield f"{str(template)!r} must name its directories one by one, without **"
+
+
+def _overlapping(template: Path, others: Iterable[Path]) -> Iterator[str]:
+    """The same: ``{instance}-data.qcow2`` of web is ``{instance}.qcow2`` of web-data."""
+    for other in others:
+        if _takes_for_another(template, other) or _takes_for_another(other, template):
+            yield (
+                f"{str(template)!r} and {str(other)!r} may fit the same file for two ids:"
+                " give each instance a directory of its own"
+            )
+
+
+def _takes_for_another(template: Path, other: Path) -> bool:
+    """Whether a file of *other* would also fit *template*, but with another id."""
+    if len(template.parts) != len(other.parts):
+        return False
+    ids = set()
+    for part, text in zip(template.parts, other.parts, strict=True):
+        example = text.replace(PLACEHOLDER, "x")
+        if PLACEHOLDER in part:
+            ids.add(_id_in(example, part))
+        elif not (fnmatch.fnmatchcase(example, part) or fnmatch.fnmatchcase(part, example)):
+            return False
+    return len(ids) == 1 and not ids & {"", "x"}
 
 
 def _fitting(template: Path, *, literally: bool = False) -> Iterator[tuple[InstanceId, Path]]:

@@ -1,18 +1,20 @@
 """What an interrupted run left in a guest that runs: thawed, its snapshot whole or gone, QEMU's settings as before."""
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
+from pathlib import Path
 
 import trio
 from attrs import frozen
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.catalog import Manifest
-from hypemand.backends.qemu import background, images, stuck
+from hypemand.backends.qemu import background, images, memory_file, stuck
 from hypemand.backends.qemu.disks import Disk, Entry, read_disks
 from hypemand.backends.qemu.jobs import delete, dismiss, finished
-from hypemand.backends.qemu.manifest import completed, files_of, is_completed, shares
+from hypemand.backends.qemu.manifest import MEMORY, completed, files_of, is_completed, shares
 from hypemand.backends.qemu.settings import BACKGROUND
+from hypemand.backends.qemu.threads import in_thread
 from hypemand.backends.qmp import Monitor
 from hypemand.core.model import SnapshotKind
 
@@ -50,25 +52,23 @@ async def thaw(monitor: Monitor, run_id: str) -> bool:
     return paused
 
 
-async def settle_draft(
-    monitor: Monitor, draft: Manifest, memory_bytes: Callable[[], Awaitable[int]], *, not_before: datetime
-) -> Found:
+async def settle_draft(monitor: Monitor, draft: Manifest, memory: Path, *, not_before: datetime) -> Found:
     """Wait until the capture of *draft* is over, and see how it ended; what is partial is deleted.
 
     Disks are told by their files: QEMU may have been started anew since, and
     nodes have new names then.
 
     Args:
-        memory_bytes: Tells the size of the memory file, asked once the capture is over.
+        memory: The file of a memory that was saved in the background.
         not_before: A tag dated earlier is somebody else's.
 
     Raises:
         BackendUnavailable: It still goes on.
     """
     in_background = draft.details["mode"] == BACKGROUND
-    over = await (_saved(monitor, draft.id) if in_background else _job_went_well(monitor, draft.id))
+    over = await (_saved(monitor, draft.id, memory) if in_background else _job_went_well(monitor, draft.id))
     disks = await read_disks(monitor)
-    size = await memory_bytes() if in_background else 0
+    size = await in_thread(memory_file.trim, memory)
     found = judge(draft, disks, size, went_well=over, not_before=not_before)
     if found.whole is None:
         await clear(monitor, draft, dated_from(disks, draft, not_before))
@@ -84,7 +84,7 @@ def judge(draft: Manifest, disks: Iterable[Disk], memory_bytes: int, *, went_wel
     """Whether the snapshot of *draft* is whole, by what is on *disks*."""
     disks = list(disks)
     if is_completed(draft) and len(shares(disks, draft)) == len(files_of(draft)):
-        return Found(draft)
+        return Found(draft) if memory_bytes == draft.files.get(MEMORY, 0) else Found()
     held = dated_from(disks, draft, not_before)
     if went_well and not is_completed(draft) and {disk.file for disk in held} == set(files_of(draft)):
         whole = completed(draft, held, memory_bytes)
@@ -110,7 +110,7 @@ async def _job_went_well(monitor: Monitor, run_id: str) -> bool:
     return "error" not in (job or {})
 
 
-async def _saved(monitor: Monitor, run_id: str) -> bool:
+async def _saved(monitor: Monitor, run_id: str, memory: Path) -> bool:
     """Whether the run's memory save is complete; one that does not advance is ended."""
     first = latest = await background.progress_of(monitor)
     with trio.move_on_after(_SAVING_PATIENCE_S):
@@ -118,10 +118,18 @@ async def _saved(monitor: Monitor, run_id: str) -> bool:
             await trio.sleep(_LOOK_S)
             latest = await background.progress_of(monitor)
         ours = background.saving_mark(run_id) in await background.marks(monitor)
-        return ours and latest.status == "completed"
+        return ours and background.is_whole(latest, await in_thread(memory_file.size_of, memory))
     if latest.written == first.written:
-        await background.end(monitor)
+        await end_save(monitor, memory)
     raise BackendUnavailable(f"its memory is still being saved: {latest.written} of {latest.total} bytes")
+
+
+async def end_save(monitor: Monitor, memory: Path) -> None:
+    """Have the save to *memory* end. A migration of somebody else goes on."""
+    before = await in_thread(memory_file.size_of, memory)
+    progress = await background.progress_of(monitor)
+    if background.is_into(progress, before, await in_thread(memory_file.size_of, memory)):
+        await background.end(monitor)
 
 
 async def clear(monitor: Monitor, draft: Manifest, disks: list[Disk]) -> None:
@@ -141,10 +149,11 @@ async def tidy(monitor: Monitor, draft: Manifest) -> None:
             await background.unmark(monitor, name)
 
 
-async def settle_stopped(disks: Sequence[Disk], draft: Manifest, *, not_before: datetime) -> Found:
+async def settle_stopped(disks: Sequence[Disk], draft: Manifest, memory: Path, *, not_before: datetime) -> Found:
     """The same for a guest whose QEMU has ended: what it had not finished by then never will be."""
     went_well = draft.details["mode"] != BACKGROUND
-    found = judge(draft, disks, 0, went_well=went_well, not_before=not_before)
+    size = await in_thread(memory_file.size_of, memory)
+    found = judge(draft, disks, size, went_well=went_well, not_before=not_before)
     if found.whole is None:
         for disk in dated_from(disks, draft, not_before):
             await images.delete(disk, draft.name)

@@ -24,6 +24,12 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
 
 
 @cache
+def limiter_of(file: str) -> trio.CapacityLimiter:  # noqa: ARG001 - the cache goes by it
+    """Threads for work on *file* alone: if it hangs, it stops no other."""
+    return trio.CapacityLimiter(4)
+
+
+@cache
 def _threads() -> trio.CapacityLimiter:
     """Threads of their own for catalogs: those that hang there leave the others to other work."""
     return trio.CapacityLimiter(40)
