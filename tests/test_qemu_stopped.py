@@ -397,7 +397,10 @@ async def test_one_hung_image_holds_up_no_other_guest(tmp_path: Path, monkeypatc
     programs = tmp_path / "bin"
     programs.mkdir()
     script = programs / "qemu-img"
-    script.write_text(f'#!/bin/sh\ncase "$*" in *bad*) exec sleep 20;; esac\nexec {real} "$@"\n')
+    hung = tmp_path / "hung"
+    hung.touch()
+    wait = f'while [ -e "{hung}" ]; do sleep 0.1; done; exit 1'
+    script.write_text(f'#!/bin/sh\ncase "$*" in *bad*) {wait};; esac\nexec {real} "$@"\n')
     script.chmod(0o700)
     for name in ("bad", "good"):
         (tmp_path / name).mkdir()
@@ -411,3 +414,4 @@ async def test_one_hung_image_holds_up_no_other_guest(tmp_path: Path, monkeypatc
         with trio.fail_after(15):
             assert await backend.list_snapshots(InstanceId("good")) == ()
         nursery.cancel_scope.cancel()
+    hung.unlink()
