@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -38,6 +39,7 @@ from tests.qemu_backend import (
     marks_in,
     new_request,
     opened,
+    operator_job,
     settle,
     tags_on,
     take,
@@ -451,6 +453,40 @@ async def test_a_foreign_job_fails_the_capture_and_is_named_and_left_alone(tmp_p
         (job,) = await guest.qmp("query-jobs")
         assert (job["id"], job["status"]) == ("weekly-backup", "running")
         await assert_runs(backend, guest)
+
+
+async def test_a_foreign_backup_job_hides_no_snapshot_and_loses_none(tmp_path: Path) -> None:
+    """It puts a filter over the disk, below which the snapshots are."""
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        kept = await take(backend, "kept", freezes=Freezer.ENGINE)
+        request = background_request()
+        await captured(backend, request)
+        arguments = {"device": "disk0", "target": str(tmp_path / "copy.qcow2"), "format": "qcow2", "sync": "full"}
+        await guest.qmp("drive-backup", job_id="weekly-backup", speed=1, **arguments)
+        for call in (
+            lambda: backend.list_snapshots(WEB),
+            lambda: backend.delete_snapshot(kept),
+            lambda: settle(backend, request),
+        ):
+            with pytest.raises(BackendUnavailable, match="somebody else's job"):
+                await call()
+        await guest.qmp("job-cancel", id="weekly-backup")
+        with trio.fail_after(30):
+            while await guest.qmp("query-jobs"):
+                await trio.sleep(0.01)
+        settled = await settle(backend, request)
+        assert settled.snapshot is not None
+        assert await backend.list_snapshots(WEB) == (kept, settled.snapshot)
+
+
+async def test_memory_whose_snapshot_is_gone_from_the_disk_is_told(tmp_path: Path, heard_log: list[Any]) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        made = await take(backend, freezes=Freezer.ENGINE)
+        await operator_job(guest, "snapshot-delete", TAG, "disk0")
+        assert await backend.list_snapshots(WEB) == ()
+    assert [line["snapshot_name"] for line in heard_log if "gone from its disk" in line["event"]] == [made.name]
 
 
 async def test_a_guest_whose_state_cannot_be_saved_is_refused_with_qemus_reason(tmp_path: Path) -> None:

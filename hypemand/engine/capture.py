@@ -169,8 +169,7 @@ class Attempt:
         finally:
             record.capture_s = trio.current_time() - began
         raise CaptureFailed(
-            f"the snapshot was not whole within runs.capture_timeout and was given up after {record.capture_s:.1f} s;"
-            " the guest ran meanwhile"
+            f"the snapshot was not whole within runs.capture_timeout and was given up after {record.capture_s:.1f} s"
         )
 
     async def _publish(self, snapshot: Snapshot) -> None:

@@ -166,6 +166,14 @@ class QemuBackend:
                 disks = await read_disks(monitor)
         except MonitorAbsent as absent:
             disks = await self._stopped_disks(instance, absent, manifests)
+        for manifest in manifests:
+            if manifest.files and not is_listed(disks, manifest):
+                _log.warning(
+                    "a snapshot is gone from its disk; its memory is left in the catalog, delete it by hand",
+                    instance_id=instance,
+                    snapshot_name=manifest.name,
+                    path=str(self.catalog.home(instance, manifest.id)),
+                )
         return tuple(manifest.snapshot() for manifest in manifests if is_listed(disks, manifest))
 
     async def _stopped_disks(
@@ -194,6 +202,8 @@ class QemuBackend:
             ours = shares(disks, manifest)
             for disk in ours[::-1]:
                 await images.delete(disk, manifest.name)
+        if away := sorted(set(files_of(manifest)) - {disk.file for disk in disks}):
+            _log.warning("a deleted snapshot may be left in disks that are not attached", tag=manifest.name, disks=away)
         if others := [disk.device for disk in disks if disk.find(manifest.name) and disk not in ours]:
             _log.warning("another snapshot has the name of a deleted one; left alone", tag=manifest.name, disks=others)
         await in_thread(self.catalog.delete, snapshot.instance_id, snapshot.id)
@@ -220,6 +230,8 @@ class QemuBackend:
         draft = await in_thread(self.catalog.draft, run.instance_id, run.run_id)
         if draft is None and run.freezes is not Freezer.ENGINE:
             return settling.Found(published)
+        if run.run_id in self._capturing.nothing_made and run.kind is SnapshotKind.STOPPED:
+            return settling.Found()
         memory = self.catalog.partial(run.instance_id, run.run_id) / MEMORY
         try:
             async with self.monitors.use(run.instance_id, patience_s=SETTLE_PATIENCE_S) as monitor:

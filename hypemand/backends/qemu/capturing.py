@@ -192,6 +192,8 @@ class Capturing:
             trouble = await stuck.watch(monitor, stuck.LOOK_S)
             if trouble is not None and trouble.full:
                 return f"; it left no room for the guest's writes; {await stuck.continue_once(monitor)}"
+            if await in_thread(stuck.is_scarce, files_of(draft)):
+                return f"; there is next to no free space on the filesystem of {' or '.join(files_of(draft))}"
         except BackendError as error:
             return f"; what is left of it is removed when the run is settled ({error})"
         return ""
@@ -227,15 +229,26 @@ class Capturing:
                 home=self.catalog.home(instance, request.run_id),
             )
             await self._write_draft(draft)
-            for disk in disks:
-                await images.create(disk, request.name)
+            await self._create_all(request, disks)
             whole = completed(draft, await images.read_images(files))
         except images.ImageInUse as error:
+            socket = self.monitors.socket_of(instance)
             raise CaptureFailed(
-                f"{error}: the guest was started during its capture, or runs without its monitor"
+                f"{error}: the guest was started during its capture, or runs without hypemand's monitor"
+                f" (start it with -qmp unix:{socket},server=on,wait=off)"
             ) from error
         await write_whole(self.catalog, whole)
         return Captured(whole.snapshot())
+
+    async def _create_all(self, request: CaptureRequest, disks: Sequence[Disk]) -> None:
+        first, *others = disks
+        try:
+            await images.create(first, request.name)
+        except images.ImageInUse:
+            self.nothing_made.add(request.run_id)
+            raise
+        for disk in others:
+            await images.create(disk, request.name)
 
     async def complete(self, captured: Captured) -> Captured:
         """See `Completion`."""

@@ -9,12 +9,13 @@ from typing import Any
 import trio
 from attrs import frozen
 
-from hypemand.backends.base import CaptureFailed, Unsupported
+from hypemand.backends.base import BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.qemu.names import is_remote, is_temporary, lasting_names
 from hypemand.backends.qemu.threads import limiter_of
 from hypemand.backends.qmp import Monitor
 
 QCOW2 = "qcow2"
+_JOB_FILTERS = frozenset({"copy-before-write", "backup-top", "mirror_top", "commit_top", "copy-on-read"})
 
 
 @frozen
@@ -64,9 +65,19 @@ class Disk:
 
 
 async def read_disks(monitor: Monitor) -> tuple[Disk, ...]:
-    """The writable disks in QEMU's order; read-only ones and empty drives are no part of a snapshot."""
+    """The writable disks in QEMU's order; read-only ones and empty drives are no part of a snapshot.
+
+    Raises:
+        BackendUnavailable: A job has put itself over a disk, so that its snapshots can't be seen.
+    """
     blocks = await monitor.execute("query-block")
     writable = [block for block in blocks if "inserted" in block and not block["inserted"]["ro"]]
+    for block in writable:
+        if (driver := block["inserted"]["drv"]) in _JOB_FILTERS:
+            raise BackendUnavailable(
+                f"somebody else's job ({driver}) is at work on disk {block['inserted']['file']}:"
+                " its snapshots can be seen again when it is over"
+            )
     names = [block["inserted"]["file"] for block in writable]
     files = await trio.to_thread.run_sync(
         lasting_names, monitor.peer_process(), names, abandon_on_cancel=True, limiter=limiter_of(" ".join(names))

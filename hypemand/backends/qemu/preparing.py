@@ -24,6 +24,7 @@ _FALLBACK = (
     "mode background is not possible with this guest's QEMU, so it is captured in mode internal,"
     " which freezes it for longer"
 )
+_NO_RIGHT = ": or QEMU has no right to userfaultfd, see vm.unprivileged_userfaultfd in docs/qemu.md"
 _log = structlog.get_logger()
 
 
@@ -43,7 +44,7 @@ async def prepare_running(monitor: Monitor, mode: str, catalog: Path, known_disk
     warnings = _not_known(disks, known_disks)
     if mode == BACKGROUND and (why := await _why_not_in_background(monitor, catalog)) is not None:
         mode = INTERNAL
-        warnings = (*warnings, f"{_FALLBACK} ({why})")
+        warnings = (*warnings, f"{_FALLBACK} ({why}{_NO_RIGHT if 'host kernel' in why else ''})")
     memory = await memory_estimate(monitor)
     in_background = mode == BACKGROUND
     on_first_disk = _DISK_MARGIN if in_background else memory
