@@ -20,7 +20,7 @@ import trio
 from hypemand.backends import qmp
 from tests.qemu_backend import operator_job
 from tests.qemu_guest import Guest, require_qemu, running_guest
-from tests.qemu_site import LATE_S, Site, make_full, resize, running_site, small_filesystem, tags_of, wired
+from tests.qemu_site import Site, make_full, resize, running_site, small_filesystem, tags_of, wired
 
 pytestmark = pytest.mark.qemu
 
@@ -237,7 +237,3 @@ def most_at_once(site: Site, names: list[str]) -> int:
         now += change
         most = max(most, now)
     return most
-
-
-def test_the_limit_of_lateness_is_that_of_the_promise() -> None:
-    assert LATE_S == 1.0

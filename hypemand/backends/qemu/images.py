@@ -23,6 +23,10 @@ class ImageInUse(BackendUnavailable):
     """A QEMU holds the image: its guest runs, whatever became of the monitor."""
 
 
+class QemuImgError(BackendError):
+    """qemu-img has refused, with its reason."""
+
+
 async def read_images(files: Sequence[Path], *, unlocked: bool = False) -> tuple[Disk, ...]:
     """The disks in *files*, in that order, without those that are only the base of another one among them.
 
@@ -66,9 +70,7 @@ async def create(disk: Disk, tag: str) -> None:
     """
     try:
         await _run(disk.file, "snapshot", "-c", tag)
-    except (BackendUnavailable, Unsupported):
-        raise
-    except BackendError as error:
+    except QemuImgError as error:
         raise CaptureFailed(f"{disk.file}: {error}") from error
 
 
@@ -81,9 +83,7 @@ async def delete(disk: Disk, tag: str) -> None:
     """
     try:
         await _run(disk.file, "snapshot", "-d", tag)
-    except (BackendUnavailable, Unsupported):
-        raise
-    except BackendError as error:
+    except QemuImgError as error:
         if "snapshot not found" not in str(error):
             raise BackendError(f"{disk.file}: snapshot {tag} could not be deleted: {error}") from error
 
@@ -92,9 +92,7 @@ async def _info(path: Path, *, unlocked: bool) -> dict[str, Any]:
     shared = () if unlocked else ("--force-share",)
     try:
         info: dict[str, Any] = orjson.loads(await _run(str(path), "info", "--output=json", *shared))
-    except (BackendUnavailable, Unsupported):
-        raise
-    except BackendError as error:
+    except QemuImgError as error:
         if _OTHER_FORMAT in str(error):
             return {"format": f"not {QCOW2}"}
         raise BackendUnavailable(f"{path} can't be read: {error}") from error
@@ -124,7 +122,7 @@ async def _run(file: str, *args: str) -> bytes:
         raise ImageInUse(f"a running QEMU holds {file}")
     if _ABSENT in said:
         raise BackendUnavailable(f"{file}: {_ABSENT}")
-    raise BackendError(said.removeprefix("qemu-img: ") or f"qemu-img ended with status {done.returncode}")
+    raise QemuImgError(said.removeprefix("qemu-img: ") or f"qemu-img ended with status {done.returncode}")
 
 
 def _wait(args: Sequence[str]) -> "subprocess.CompletedProcess[bytes]":
