@@ -592,6 +592,7 @@ async def test_what_is_not_mounted_fails_runs_and_loses_nothing(lab: Lab, gone: 
         await lab.recorded()
         await unavailable_and_back(lab, daemon, lab.directory / gone, lab.directory / "aside")
         await daemon.stop()
+    assert [run["outcome"] for run in lab.history()] == ["succeeded", "failed", "succeeded"]
 
 
 async def test_a_restart_beside_a_missing_mount_makes_no_empty_one(lab: Lab) -> None:

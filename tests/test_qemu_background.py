@@ -713,6 +713,20 @@ async def test_a_capability_that_a_killed_hypemand_has_left_on_is_set_off(tmp_pa
         await backend.delete_snapshot(made)
 
 
+async def test_a_qemu_that_does_not_say_whether_it_can_is_unavailable_and_not_taken_for_able(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def hang(monitor: qmp.Monitor, *, on: bool) -> None:
+        await trio.sleep_forever()
+
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        monkeypatch.setattr(background, "_set_capability", hang)
+        monkeypatch.setattr(background, "_SHIELDED_S", 0.1)
+        with trio.fail_after(20), pytest.raises(BackendUnavailable, match="did not answer"):
+            await backend.prepare(WEB, SnapshotKind.STANDBY)
+
+
 async def test_a_migration_that_is_set_to_tls_falls_back_with_the_reason(tmp_path: Path) -> None:
     async with running_guest(tmp_path) as guest:
         await guest.qmp("migrate-set-parameters", tls_creds="tls0")

@@ -12,7 +12,7 @@ from typing import Any
 import trio
 from attrs import frozen
 
-from hypemand.backends.base import CaptureFailed
+from hypemand.backends.base import BackendUnavailable, CaptureFailed
 from hypemand.backends.qemu.jobs import OURS, is_migrating
 from hypemand.backends.qmp import Monitor, QmpError
 
@@ -107,7 +107,8 @@ async def why_impossible(monitor: Monitor) -> str | None:
         except QmpError as error:
             return error.desc
         await _set_capability(monitor, on=False)
-    return None
+        return None
+    raise BackendUnavailable(f"QEMU did not answer within {_SHIELDED_S:g} s")
 
 
 async def parameters(monitor: Monitor) -> Mapping[str, Any]:
