@@ -88,13 +88,14 @@ class FakeBackend:
         calls: Every call with the time it was made, for asserting order and lateness.
         marks: Whether it knows its own pauses from an operator's; else `pause` takes any, and `settle` goes by *ours*.
         abandoned: Captures that go on in the hypervisor though their caller is gone.
+        make_ready_s: How long `make_ready` takes.
         complete_s: How long `complete` takes, or None where `capture` does all there is to do.
         size_bytes, whole_bytes: Of a snapshot after `capture`, and after a `complete` that takes time.
         measured_s: The freeze as the hypervisor itself measures it, where the engine freezes; told by `capture`.
         measured_late_s: The same, told by `complete`.
         rooms, prepared_as, warnings: Parts of every `Preparation`. *captured_warnings*: those of every `Captured`,
             *completed_warnings*: those that `complete` has instead.
-        requests: What `pause` and `capture` were asked for, with the call's name.
+        requests: What `make_ready`, `pause` and `capture` were asked for, with the call's name.
     """
 
     clock: FakeClock
@@ -103,6 +104,7 @@ class FakeBackend:
     abortable: bool = True
     capture_s: float = 1.0
     complete_s: float | None = None
+    make_ready_s: float = 0.0
     kinds: frozenset[SnapshotKind] = frozenset(SnapshotKind)
     machines: dict[InstanceId, FakeInstance] = field(factory=dict)
     faults: dict[tuple[str, str], Fault] = field(factory=dict)
@@ -165,6 +167,12 @@ class FakeBackend:
         await self._called("prepare", instance)
         names = {s.name for s in self._machine(instance).snapshots.values()}
         return Preparation(self.rooms, names | self.taken_names, self.prepared_as, self.warnings)
+
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        self.requests.append(("make_ready", request))
+        if self.make_ready_s:
+            await trio.sleep(self.make_ready_s)
+        await self._called("make_ready", instance)
 
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
         self.requests.append(("pause", request))

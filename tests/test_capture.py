@@ -65,10 +65,11 @@ async def test_the_guest_runs_while_its_capture_is_completed(tmp_path: Path, aut
         assert (run.freeze_s, run.capture_s, run.size_bytes) == (1, 61, fake.whole_bytes)
         assert run.snapshot_name in fake.names("web-1")
         assert [(call, request.run_id) for call, request in fake.requests] == [
+            ("make_ready", run.run_id),
             ("pause", run.run_id),
             ("capture", run.run_id),
         ]
-        assert fake.requests[0][1] == fake.requests[1][1]
+        assert fake.requests[0][1] == fake.requests[1][1] == fake.requests[2][1]
         assert fake.requests[0][1].freezes is Freezer.ENGINE
 
 
@@ -435,6 +436,47 @@ async def test_a_preparation_that_is_repeated_doubles_no_warning_and_keeps_none_
         (run,) = w.history()
         assert (str(run.outcome), run.warnings) == ("succeeded", ("stays", "came later"))
         assert [line["warning"] for line in warned(heard_log)] == ["over soon", "stays", "came later"]
+
+
+# What is made ready before the freeze.
+
+
+async def test_the_freeze_budget_begins_when_all_is_ready(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with world(tmp_path, NOW_HOURLY, backends=[fake := backend(make_ready_s=300)], max_freeze=HOUR / 60) as w:
+        await trio.sleep(299)
+        assert fake.frozen == set()
+        await trio.sleep(300)
+        (run,) = w.history()
+        assert (str(run.outcome), run.freeze_s) == ("succeeded", 1)
+
+
+@pytest.mark.parametrize("error", [CaptureFailed("no room"), BackendUnavailable("cut"), RuntimeError("a bug")])
+async def test_what_cannot_be_made_ready_freezes_nobody_and_is_settled(
+    tmp_path: Path, autojump_clock: MockClock, error: Exception
+) -> None:
+    fake = backend()
+    fake.fail("make_ready", "web-1", error)
+    async with world(tmp_path, NOW_HOURLY, backends=[fake]) as w:
+        await trio.sleep(60)
+        (run,) = w.history()
+        assert (str(run.outcome), run.freeze_s) == ("failed", None)
+        assert str(error) in (run.error or "")
+        assert (fake.times("pause", "web-1"), fake.times("resume", "web-1")) == ([], [])
+        assert len(fake.times("settle", "web-1")) == 1
+        await assert_next_works(w, ["failed"])
+
+
+async def test_making_ready_that_hangs_ends_with_the_time_of_its_capture(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    fake = backend()
+    fake.fail("make_ready", "web-1")
+    async with world(tmp_path, NOW_HOURLY, backends=[fake], capture_timeout=HOUR / 2) as w:
+        await trio.sleep(1900)
+        (run,) = w.history()
+        assert "could not be made ready within runs.capture_timeout (1800 s)" in (run.error or "")
+        assert fake.times("pause", "web-1") == []
+        await assert_next_works(w, ["failed"])
 
 
 # Room.

@@ -25,8 +25,8 @@ from hypemand.backends.base import (
     Status,
     Unsupported,
 )
-from hypemand.backends.catalog import Manifest
-from hypemand.backends.qemu import background, capturing, completing, memory_file
+from hypemand.backends.catalog import Catalog, Manifest
+from hypemand.backends.qemu import background, capturing, completing, memory_file, readying
 from hypemand.core.model import Freezer, InstanceState, SnapshotKind
 from tests.qemu_backend import (
     TAG,
@@ -507,15 +507,43 @@ async def test_a_guest_whose_state_cannot_be_saved_is_refused_with_qemus_reason(
 async def test_a_catalog_without_room_for_the_memory_fails_the_capture_before_the_guest_is_touched(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(capturing, "memory_estimate", more_than_any_filesystem)
+    monkeypatch.setattr(readying, "memory_estimate", more_than_any_filesystem)
     async with running_guest(tmp_path) as guest, qmp.connect(guest.test_socket) as monitor:
         backend = await opened_in_background(guest, tmp_path)
         request = background_request()
         with pytest.raises(BackendError, match=r"No space left|File too large"):
-            await backend.pause(WEB, request)
+            await backend.make_ready(WEB, request)
         await monitor.execute("query-status")
         assert [event for event in monitor.events if event.name == "STOP"] == []
     assert drafts_in(tmp_path) != []
+
+
+async def test_what_was_made_ready_for_a_pause_that_never_came_leaves_no_trace(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await backend.make_ready(WEB, request)
+        assert await settle(backend, request) == Settled()
+        assert (await marks_in(guest), drafts_in(tmp_path)) == ([], [])
+        async with qmp.connect(guest.socket) as monitor:  # which serves one client: ours has let go of it
+            assert (await monitor.execute("query-status"))["status"] == "running"
+        await captured(backend, background_request("run-2"))
+        await assert_runs(backend, guest)
+
+
+async def test_a_pause_finds_what_was_made_ready_and_makes_it_once(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend = await opened_in_background(guest, tmp_path)
+        request = background_request()
+        await backend.make_ready(WEB, request)
+        (draft,) = drafts_in(tmp_path)
+        made = draft.stat()
+        await backend.make_ready(WEB, request)
+        await backend.pause(WEB, request)
+        assert draft.stat().st_ino == made.st_ino
+        taken = await backend.capture(WEB, request)
+        await backend.resume(WEB)
+        assert taken.snapshot.id == request.run_id
 
 
 async def more_than_any_filesystem(monitor: qmp.Monitor) -> int:
@@ -741,13 +769,14 @@ async def test_a_name_that_somebody_takes_in_the_last_moment_stays_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freezes: Freezer
 ) -> None:
     """Two daemons over one guest would fire in the same second."""
-    write_draft = capturing.Capturing._write_draft
+    write_draft = readying.write_draft
 
-    async def write_and_lose_the_race(self: capturing.Capturing, draft: Manifest) -> None:
-        await write_draft(self, draft)
+    async def write_and_lose_the_race(catalog: Catalog, draft: Manifest) -> None:
+        await write_draft(catalog, draft)
         await guest.qmp("blockdev-snapshot-internal-sync", device="disk0", name=draft.name)
 
-    monkeypatch.setattr(capturing.Capturing, "_write_draft", write_and_lose_the_race)
+    for module in (readying, capturing):
+        monkeypatch.setattr(module, "write_draft", write_and_lose_the_race)
     async with running_guest(tmp_path) as guest:
         backend = await opened_in_background(guest, tmp_path)
         request = new_request(freezes=freezes)

@@ -192,12 +192,23 @@ class Backend(Protocol):
             Unsupported: This instance can't be captured; the text names why and what to do.
         """
 
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Make ready what the capture needs, while the guest still runs: what takes time must not be left to `pause`.
+
+        Called where the engine freezes, before `pause`, which may not come
+        then: `settle` removes what was made ready. Idempotent for a request.
+
+        Raises:
+            InvalidState: Not running, or paused by somebody else.
+            CaptureFailed: The capture can't be made ready.
+        """
+
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Freeze the guest for the capture of *request*, and return once its vCPUs stand still.
 
-        What the capture needs to have ready is made ready first, while the
-        guest still runs. Paused already: no-op, or `InvalidState` where the
-        backend can tell that the pause is somebody else's.
+        Made ready first, if it is not. Paused already: no-op, or
+        `InvalidState` where the backend can tell that the pause is somebody
+        else's.
 
         Raises:
             InvalidState: Neither running nor paused, or somebody else's pause. The guest was not touched, and is

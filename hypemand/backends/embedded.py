@@ -131,8 +131,13 @@ class EmbeddedBackend:
         """Look at the files that would be copied, and at the catalog."""
         return await self._in_thread(self._prepare, _checked(instance), kind)
 
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """There is nothing to make ready."""
+        del instance, request
+        await trio.lowlevel.checkpoint()
+
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
-        """Write Paused with our mark; there is nothing to make ready.
+        """Write Paused with our mark.
 
         Raises:
             InvalidState: Neither running nor paused by us.

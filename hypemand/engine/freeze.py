@@ -116,6 +116,7 @@ class Freeze:
     async def _frozen_capture(self, request: CaptureRequest, slot: Slot) -> Captured:
         if not self.steps.pauses:
             return await self._timed_capture(request, self.budget.capture_timeout_s)
+        await self._make_ready(request)
         await self._check_running()
         began = trio.current_time()
         try:
@@ -126,6 +127,13 @@ class Freeze:
                 with trio.CancelScope(shield=True):
                     await self._thaw(slot, began)
                 self.record.freeze_s = trio.current_time() - began
+
+    async def _make_ready(self, request: CaptureRequest) -> None:
+        """Before the budget begins: while things are made ready, the guest runs."""
+        within_s = self.budget.capture_timeout_s
+        with trio.move_on_after(within_s):
+            return await self.backend.make_ready(self.instance, request)
+        raise CaptureFailed(f"the capture could not be made ready within runs.capture_timeout ({within_s:g} s)")
 
     async def _check_running(self) -> None:
         """Look once more, right before the pause: a pause by an operator would be undone as if it were ours."""

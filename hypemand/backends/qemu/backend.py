@@ -134,6 +134,10 @@ class QemuBackend:
         async with self.monitors.use(instance) as monitor:
             return await prepare_running(monitor, self.settings.mode, self.catalog.root, files)
 
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Have draft and memory file there, and QEMU set up for a save in the background."""
+        await self._capturing.make_ready(instance, request)
+
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Stop the guest's vCPUs, with a mark inside QEMU that says whose stop it is."""
         await self._capturing.pause(instance, request)
@@ -266,6 +270,7 @@ class QemuBackend:
 
     async def _settled(self, run: RunStarted, found: settling.Found, *, resumed: bool) -> Settled:
         self._found_frozen.discard(run.run_id)
+        self._capturing.forget(run.instance_id)
         self._capturing.nothing_made.discard(run.run_id)
         if found.whole is None:
             await in_thread(self.catalog.discard, run.instance_id, run.run_id)

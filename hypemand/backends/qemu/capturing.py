@@ -4,8 +4,6 @@ What goes wrong on the way is left for `settle`, which comes after every
 capture that failed.
 """
 
-import os
-import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -22,35 +20,27 @@ from hypemand.backends.base import (
     CaptureRequest,
     InvalidState,
 )
-from hypemand.backends.catalog import Catalog, Manifest, sync_tree
-from hypemand.backends.qemu import background, images, memory_file, settling, stuck
+from hypemand.backends.catalog import Catalog, Manifest
+from hypemand.backends.qemu import background, images, settling, stuck
 from hypemand.backends.qemu.completing import END_PATIENCE_S, Completion, write_whole
 from hypemand.backends.qemu.disks import Disk, check_capturable, check_free, read_disks
 from hypemand.backends.qemu.jobs import NameTaken, check_alone, frozen_s, save, snapshot_disks
-from hypemand.backends.qemu.manifest import MEMORY, STOPPED, completed, files_of, mode_of, new_draft
+from hypemand.backends.qemu.manifest import STOPPED, completed, files_of, mode_of, new_draft
 from hypemand.backends.qemu.monitors import Monitors
-from hypemand.backends.qemu.preparing import memory_estimate
+from hypemand.backends.qemu.readying import (
+    Ready,
+    capturable_disks,
+    check_running,
+    draft_of,
+    make_ready,
+    write_draft,
+)
 from hypemand.backends.qemu.settings import BACKGROUND
 from hypemand.backends.qemu.threads import in_thread
 from hypemand.backends.qmp import Monitor, MonitorAbsent
 from hypemand.core.model import Freezer, InstanceId
 
 _log = structlog.get_logger()
-
-
-@frozen
-class _Ready:
-    """What was made ready for a capture in the background, so that nothing has to be read while the guest stands still.
-
-    Attributes:
-        uri: By which QEMU knows the memory file that it was handed.
-        events: How many events there were right before our stop.
-    """
-
-    draft: Manifest
-    disks: Sequence[Disk]
-    uri: str
-    events: int = 0
 
 
 @frozen(eq=False)
@@ -69,57 +59,42 @@ class Capturing:
     monitors: Monitors
     nothing_made: set[str] = Factory(set)
     _paused: dict[InstanceId, Sequence[str]] = Factory(dict)
-    _ready: dict[InstanceId, _Ready] = Factory(dict)
+    _ready: dict[InstanceId, Ready] = Factory(dict)
     _freezes: dict[InstanceId, float | None] = Factory(dict)
 
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
-        """Make all ready, leave a mark in QEMU, and stop the guest; the connection is held until the resume."""
+        """Leave a mark in QEMU, and stop the guest; the connection is held until the resume."""
+        if request.freezes is Freezer.ENGINE:
+            await self.make_ready(instance, request)
         mark = background.paused_mark(request.run_id)
         async with self.monitors.use(instance, hold=True) as monitor:
             if mark in await background.marks(monitor):
                 return
-            await _check_running(monitor)
-            if request.freezes is Freezer.ENGINE:
-                await self._make_ready(monitor, instance, request)
-                await _check_running(monitor)
+            await check_running(monitor)
             await background.mark(monitor, mark)
             if instance in self._ready:
                 self._ready[instance] = evolve(self._ready[instance], events=len(monitor.events))
             await monitor.execute("stop")
 
-    async def _make_ready(self, monitor: Monitor, instance: InstanceId, request: CaptureRequest) -> None:
-        await check_alone(monitor, CaptureFailed)
-        disks = await self._capturable(monitor, request)
-        draft = await self._draft(monitor, instance, request, disks)
-        to_come = {"parameters": await background.parameters(monitor), "memory_bytes": await memory_estimate(monitor)}
-        draft = evolve(draft, details={**draft.details, **to_come})
-        await self._write_draft(draft)
-        await background.set_up(monitor)
-        path = self.catalog.partial(instance, request.run_id) / MEMORY
-        descriptor = await self._open_reserved(path, draft.details["memory_bytes"])
-        try:
-            uri = await background.pass_file(monitor, descriptor, background.file_name(request.run_id))
-        finally:
-            os.close(descriptor)
-        await background.mark(monitor, background.saving_mark(request.run_id))
-        self._ready[instance] = _Ready(draft, disks, uri)
-        self._paused[instance] = files_of(draft)
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """What a save in the background needs; the connection is held from here on, until the resume.
 
-    async def _open_reserved(self, path: Path, size: int) -> int:
-        """`memory_file.open_reserved`; nobody waits for a thread that is left behind, so it has to close by itself."""
-        given_up = threading.Event()
+        The file is handed over by that connection: what was made ready by one that is gone is made anew.
+        """
+        ready = self._ready.get(instance)
+        if ready is not None and ready.draft.id == request.run_id and self.monitors.holds(instance):
+            return
+        async with self.monitors.use(instance, hold=True) as monitor:
+            if background.paused_mark(request.run_id) in await background.marks(monitor):
+                return
+            await check_running(monitor)
+            self._ready[instance] = ready = await make_ready(monitor, self.catalog, instance, request)
+            self._paused[instance] = files_of(ready.draft)
 
-        def work() -> int:
-            descriptor = memory_file.open_reserved(path, size)
-            if given_up.is_set():
-                os.close(descriptor)
-            return descriptor
-
-        try:
-            return await in_thread(work)
-        except BaseException:
-            given_up.set()
-            raise
+    def forget(self, instance: InstanceId) -> None:
+        """Let go of what was made ready for a capture that is over, or never came."""
+        self._ready.pop(instance, None)
+        self.monitors.let_go(instance)
 
     async def resume(self, instance: InstanceId) -> None:
         """Let the guest go on where a mark says that it stands still for us, and take the mark away."""
@@ -168,9 +143,9 @@ class Capturing:
 
     async def _capture_internal(self, monitor: Monitor, instance: InstanceId, request: CaptureRequest) -> Captured:
         await check_alone(monitor, CaptureFailed)
-        disks = await self._capturable(monitor, request)
-        draft = await self._draft(monitor, instance, request, disks)
-        await self._write_draft(draft)
+        disks = await capturable_disks(monitor, request)
+        draft = await draft_of(monitor, self.catalog, instance, request, disks)
+        await write_draft(self.catalog, draft)
         first = len(monitor.events)
         try:
             await save(monitor, settling.save_job(request.run_id), request.name, disks)
@@ -228,7 +203,7 @@ class Capturing:
                 {"name": "qemu"},
                 home=self.catalog.home(instance, request.run_id),
             )
-            await self._write_draft(draft)
+            await write_draft(self.catalog, draft)
             await self._create_all(request, disks)
             whole = completed(draft, await images.read_images(files))
         except images.ImageInUse as error:
@@ -257,43 +232,3 @@ class Capturing:
             freeze_s = self._freezes.pop(captured.snapshot.instance_id)
         whole = await Completion(self.catalog, self.monitors).complete(captured)
         return evolve(whole, freeze_s=freeze_s)
-
-    async def _capturable(self, monitor: Monitor, request: CaptureRequest) -> Sequence[Disk]:
-        disks = await read_disks(monitor)
-        check_capturable(disks)
-        check_free(disks, request.name)
-        return disks
-
-    async def _draft(
-        self,
-        monitor: Monitor,
-        instance: InstanceId,
-        request: CaptureRequest,
-        disks: Sequence[Disk],
-    ) -> Manifest:
-        uuid = (await monitor.execute("query-uuid"))["UUID"]
-        hypervisor = {"name": "qemu", "version": monitor.version, "uuid": uuid}
-        home = self.catalog.home(instance, request.run_id)
-        return new_draft(instance, request, disks, hypervisor, home=home)
-
-    async def _write_draft(self, draft: Manifest) -> None:
-        """The draft comes before all else, so that a tag found later is known for ours."""
-        await in_thread(self._begin, draft)
-
-    def _begin(self, draft: Manifest) -> None:
-        directory = self.catalog.begin(draft.instance_id, draft.id)
-        self.catalog.write_manifest(draft)
-        # After a power failure a tag on the disks must not be without it.
-        sync_tree(directory)
-        sync_tree(directory.parent, deep=False)
-        sync_tree(self.catalog.root, deep=False)
-
-
-async def _check_running(monitor: Monitor) -> None:
-    match (await monitor.execute("query-status"))["status"]:
-        case "running":
-            pass
-        case "paused":
-            raise InvalidState("somebody else has paused the guest")
-        case word:
-            raise InvalidState(f"QEMU is in state {word}: only a running guest can be paused")
