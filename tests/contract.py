@@ -84,7 +84,7 @@ class QemuSubject(Subject):
 
 @asynccontextmanager
 async def qemu_subject(directory: Path, mode: str = "internal") -> AsyncIterator[Subject]:
-    async with running_guest(directory, wait=False) as guest:
+    async with running_guest(directory, memory_mb=16, tick_ms=200, wait=False) as guest:
         subject = QemuSubject(directory, guest, mode)
         await subject.backend.open(first_use=True)
         yield subject

@@ -127,8 +127,8 @@ class Running:
         await self.wait(lambda: self.served.is_set() or self._are_over(number), f"{number} runs to be over")
 
     def _are_over(self, number: int) -> bool:
-        bench = self.bench
-        return not self.engine.scheduler.running and not bench.open_runs() and len(bench.history()) >= number
+        at_work = self.engine.scheduler.running or self.engine.runlog.open_runs
+        return not at_work and len(self.bench.history()) >= number
 
     async def wait(self, holds: Callable[[], bool], what: str) -> None:
         """Wait until *holds* does, by a clock that does not leap."""
