@@ -3,6 +3,8 @@
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import trio
 
 from hypemand.backends import registry
 from hypemand.backends.base import BackendError, Surroundings
-from hypemand.conformance import Traits, conformance, conformance_cases
+from hypemand.conformance import Case, Traits, conformance, conformance_cases
 from hypemand.conformance.faults import FAULTS, KILLS
 from hypemand.conformance.steps import STEPS
 from hypemand.conformance.suite import run_case
@@ -20,6 +22,7 @@ from tests.example import EXAMPLE, example_subject, importable, python_path, wri
 from tests.processes import ROOT, RUN_NOW, Lab, environment, run_cli, running_daemon
 
 TRAITS = Traits(catalog=True)
+WITHOUT_MARK = Traits(catalog=True, marks=False)
 PAGE = ROOT / "docs" / "backends.md"
 CAUGHT_BY = {
     "ResumesNothing": "promise-pause-freezes-the-guest-and-resume-lets-it-run",
@@ -50,22 +53,37 @@ FOUND = (AssertionError, pytest.fail.Exception, BackendError)
 test_example = conformance(example_subject, TRAITS)
 
 
+@contextmanager
+def _installed(type_name: str, tmp_path: Path) -> Iterator[None]:
+    write_metadata(tmp_path / "variant", "variant", {type_name: f"tests.variant_backends:TYPE_{type_name}"})
+    with importable(tmp_path / "variant", ROOT, EXAMPLE):
+        yield
+
+
 @pytest.mark.parametrize(("broken", "name"), CAUGHT_BY.items())
-def test_a_broken_backend_is_caught_by_the_case_that_names_it(
-    broken: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_broken_backend_is_caught_by_the_case_that_names_it(broken: str, name: str, tmp_path: Path) -> None:
     (case,) = [case for case in conformance_cases(TRAITS) if case.name == name]
-    write_metadata(tmp_path / "broken", "broken", {broken: f"tests.broken_backends:TYPE_{broken}"})
-    monkeypatch.setattr("hypemand.conformance.bench.PATIENCE_S", 5.0)
-    with importable(tmp_path / "broken", ROOT, EXAMPLE), pytest.raises(BaseException) as caught:  # noqa: PT011 - looked at below
+    with _installed(broken, tmp_path), pytest.raises(BaseException) as caught:  # noqa: PT011 - looked at below
         run_case(case, lambda directory: example_subject(directory, broken), tmp_path / "case")
-    assert all(issubclass(kind, FOUND) for kind in _innermost(caught.value)), caught.value
+    for reason in _reasons(caught.value):
+        assert isinstance(reason, FOUND)
+        assert not re.match("waited|the run did not come to", str(reason)), "found nothing, and gave up"
 
 
-def _innermost(error: BaseException) -> set[type]:
+def _reasons(error: BaseException) -> Iterator[BaseException]:
     if isinstance(error, BaseExceptionGroup):
-        return set().union(*(_innermost(inner) for inner in error.exceptions))
-    return {type(error)}
+        for inner in error.exceptions:
+            yield from _reasons(inner)
+    else:
+        yield error
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name) for case in conformance_cases(WITHOUT_MARK) if "killed" not in case.name]
+)
+def test_a_backend_without_a_mark_of_its_own_can_keep_the_rest(case: Case, tmp_path: Path) -> None:
+    with _installed("GoesByOursAlone", tmp_path):
+        run_case(case, lambda directory: example_subject(directory, "GoesByOursAlone"), tmp_path / "case")
 
 
 def test_the_example_is_found_through_its_entry_point_alone(tmp_path: Path) -> None:

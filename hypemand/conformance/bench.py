@@ -22,7 +22,7 @@ from hypemand.state.runlog import LogContent, read_log
 
 INTERVAL = timedelta(minutes=3)
 """Too short for a failure that passes to be tried again within the run."""
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 """Longer than any run takes on a busy machine; real seconds."""
 _LOOK_S = 0.01
 
