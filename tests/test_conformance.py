@@ -172,3 +172,11 @@ def test_traits_that_are_not_the_backends_are_told(tmp_path: Path) -> None:
     case = conformance_cases(Traits(catalog=False))[0]
     with pytest.raises(AssertionError, match=r"traits\.catalog"):
         run_case(case, example_subject, tmp_path)
+
+
+async def test_a_backend_without_a_catalog_has_to_tell_what_it_may_leave_behind(tmp_path: Path) -> None:
+    async with example_subject(tmp_path) as subject:
+        assert await subject.leftovers() == []
+        subject.catalog = None
+        with pytest.raises(NotImplementedError):
+            await subject.leftovers()
