@@ -1,72 +1,23 @@
-"""What the contract suite needs of a backend under test: a guest, and an operator's hand on it.
-
-A backend gets its own `Subject` here, and an entry in `SUBJECTS`.
-"""
+"""The built-in backends as subjects of the conformance kit."""
 
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from functools import partial
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Protocol
-
-import pytest
+from typing import Any
 
 from hypemand.backends import registry
 from hypemand.backends.base import Backend, Surroundings
+from hypemand.conformance import Subject
 from hypemand.core.model import InstanceId
 from tests.qemu_guest import Guest, running_guest
 
 
-class Subject(Protocol):
-    """A backend, already opened for the first time, and one guest of it that runs.
-
-    Whatever is not the backend's own doing goes past it: straight to the
-    hypervisor, as an operator or another program would do it.
-    """
-
-    @property
-    def backend(self) -> Backend:
-        """The backend under test."""
-
-    @property
-    def slow_backend(self) -> Backend:
-        """The same one, where possible with captures that take seconds."""
-
-    @property
-    def surroundings(self) -> Surroundings:
-        """What `backend` was built with."""
-
-    @property
-    def instance(self) -> InstanceId:
-        """The guest."""
-
-    @property
-    def catalog(self) -> Path | None:
-        """The directory of its catalog, where it has one."""
-
-    async def guest_runs(self) -> bool:
-        """Whether the guest's vCPUs run."""
-
-    async def operator_pauses(self) -> None:
-        """Pause the guest."""
-
-    async def operator_resumes(self) -> None:
-        """Let it run again."""
-
-    async def go_away(self) -> None:
-        """Make the hypervisor unreachable."""
-
-    async def come_back(self) -> None:
-        """Make it reachable again, the guest as it was."""
-
-
-class EmbeddedSubject:
+class EmbeddedSubject(Subject):
     """Directories; an operator is an editor of ``instance.json``, and unreachable is what is not mounted."""
 
-    instance = InstanceId("web-1")
-
     def __init__(self, directory: Path) -> None:
+        self.instance = InstanceId("web-1")
         self._root = directory / "embedded"
         self._state_file = self._root / "instances" / self.instance / "instance.json"
         self.catalog = self._root / "snapshots"
@@ -103,7 +54,7 @@ async def embedded_subject(directory: Path) -> AsyncIterator[Subject]:
     yield subject
 
 
-class QemuSubject:
+class QemuSubject(Subject):
     """A real QEMU; the operator has a monitor of their own, and unreachable is one whose socket file is missing."""
 
     def __init__(self, directory: Path, guest: Guest, mode: str) -> None:
@@ -114,7 +65,6 @@ class QemuSubject:
         connection = {"type": "qemu", "socket": str(guest.socket_template), "snapshot_dir": str(self.catalog)}
         connection["mode"] = mode
         self.backend = registry.connect("vms", connection, self.surroundings)
-        self.slow_backend = self.backend
 
     async def guest_runs(self) -> bool:
         return bool((await self._guest.qmp("query-status"))["running"])
@@ -134,15 +84,7 @@ class QemuSubject:
 
 @asynccontextmanager
 async def qemu_subject(directory: Path, mode: str = "internal") -> AsyncIterator[Subject]:
-    async with running_guest(directory, wait=False) as guest:
+    async with running_guest(directory, memory_mb=16, tick_ms=200, wait=False) as guest:
         subject = QemuSubject(directory, guest, mode)
         await subject.backend.open(first_use=True)
         yield subject
-
-
-SubjectMaker = Callable[[Path], AbstractAsyncContextManager[Subject]]
-SUBJECTS = [
-    pytest.param(embedded_subject, id="embedded"),
-    pytest.param(qemu_subject, id="qemu", marks=pytest.mark.qemu),
-    pytest.param(partial(qemu_subject, mode="background"), id="qemu-background", marks=pytest.mark.qemu),
-]

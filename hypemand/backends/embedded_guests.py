@@ -62,12 +62,10 @@ def paused(guest: Guest) -> Guest:
 
 
 def resumed(guest: Guest) -> Guest:
-    """*guest*, running."""
-    if guest.state is InstanceState.RUNNING:
-        return guest
-    if guest.state is not InstanceState.PAUSED:
+    """*guest*, running; as it is where an operator has paused it, at whatever time."""
+    if guest.state not in (InstanceState.RUNNING, InstanceState.PAUSED):
         raise InvalidState(f"instance is {guest.state}: there is nothing to resume")
-    return guest.running()
+    return guest.running() if guest.frozen_by_us else guest
 
 
 def size_of(path: Path) -> int:
