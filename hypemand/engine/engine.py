@@ -146,6 +146,7 @@ class Engine:
         await self.store.load()
         history = await self.runlog.open()
         self._lay_over(history)
+        self.recorder.freezes.learn(history.lines)
         self.watch.check_start(_newest_instant(history, self.store))
         self._used = await self._used_backends(history)
         self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))

@@ -1,7 +1,7 @@
 """What an operator asks, answered from the state files and the backends. Changes nothing."""
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import trio
@@ -15,6 +15,7 @@ from hypemand.engine.clock import Clock, ClockWatch, SystemClock
 from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
 from hypemand.engine.limits import answer
 from hypemand.engine.reconcile import Discovery, Wanted, created, discover, wanted_schedules
+from hypemand.engine.records import FreezeRecords, LongestFreeze, can_abort, why_over_budget
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockOwner, lock_owner
 from hypemand.state.replay import lay_over
@@ -68,6 +69,10 @@ class InstanceView:
         snapshots: Scheduled ones, oldest first; None where they can't be listed.
         made: False for a schedule that the config wants, but that no daemon has made yet.
         future: Scheduled snapshots dated in the future: a clock was wrong once; they count for nothing.
+        max_freeze: Its freeze budget; None where only an invalid config could tell.
+        longest: Its longest freeze in a capture, *found_frozen*: until a recovery resumed it. Both of the kind that
+            it had last.
+        over_budget: Why its next run is going to fail, in view of that.
         open_run: A run is not finished; *under_way*: and a daemon is at it.
         trouble: Why the backend's part is missing.
     """
@@ -83,6 +88,10 @@ class InstanceView:
     open_run: bool = False
     under_way: bool = False
     future: tuple[Snapshot, ...] = ()
+    max_freeze: timedelta | None = None
+    longest: LongestFreeze | None = None
+    found_frozen: LongestFreeze | None = None
+    over_budget: str | None = None
 
 
 @define
@@ -110,6 +119,10 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
     discovery = await discover(fleet.backends)
     wanted = wanted_schedules(config, discovery, state.schedules.values()) if config else Wanted()
     overview = Overview(state, _views(state, discovery, fleet, _to_come(state, wanted, clock), only))
+    records = FreezeRecords()
+    records.learn(state.log.lines)
+    for view in overview.instances:
+        _judge_freezes(view, records, fleet, config)
     overview.problems += wanted.problems
     for name, error in sorted(discovery.errors.items()):
         told = overview.problems if name in used_backends(state) else overview.warnings
@@ -120,6 +133,8 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
         for view in overview.instances:
             nursery.start_soon(_ask, view, fleet, limiter, clock.now())
     for view in overview.instances:
+        if view.over_budget is not None:
+            overview.warnings.append(f"{view.instance_id}: its next run will not begin: {view.over_budget}")
         overview.warnings += [
             f"{view.instance_id}: snapshot {snapshot.name} is dated in the future: neither counted nor deleted"
             for snapshot in view.future
@@ -169,6 +184,20 @@ def _backend_of(schedule: Schedule, fleet: Fleet) -> str | None:
         return fleet.resolve(schedule.backend)
     except UnknownBackendError:
         return schedule.backend
+
+
+def _judge_freezes(view: InstanceView, records: FreezeRecords, fleet: Fleet, config: Config | None) -> None:
+    """Budget and record. Until its next run begins, a guest is taken to be frozen as it was last."""
+    if view.schedule is not None:
+        overall = config.runs.max_freeze if config else None
+        view.max_freeze = view.schedule.settings.max_freeze or overall
+    key = records.latest_key(view.instance_id, view.backend or "")
+    if key is None:
+        return
+    view.longest, view.found_frozen = records.longest(key), records.longest_found(key)
+    backend = fleet.backends.get(key.backend)
+    if backend is not None and view.max_freeze is not None and not can_abort(backend.capabilities, key.freezes):
+        view.over_budget = why_over_budget(view.longest, view.max_freeze)
 
 
 async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter, now: datetime) -> None:
