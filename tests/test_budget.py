@@ -203,6 +203,31 @@ async def test_the_freeze_of_a_failed_capture_counts(tmp_path: Path, autojump_cl
         assert "froze for 40.0 s" in (w.schedule("web-1").last_error or "")
 
 
+@pytest.mark.parametrize(("answers", "frozen_s"), [("Paused", 40), ("nothing", 40), ("Running", None)])
+async def test_a_guest_that_its_hypervisor_kept_frozen_past_the_time_limit_is_not_captured_so_again(
+    tmp_path: Path, autojump_clock: MockClock, answers: str, frozen_s: float | None
+) -> None:
+    fake = unstoppable(Freezer.HYPERVISOR, capture_s=10_000)
+    limit = timedelta(seconds=40)
+    async with world(tmp_path, HOURLY, backends=[fake], clock=fake.clock, capture_timeout=limit) as w:
+        await trio.sleep(10)
+        if answers == "Paused":
+            fake.machines[WEB].state = InstanceState.PAUSED
+        elif answers == "nothing":
+            fake.fail("state", "web-1")
+        await trio.sleep(60)
+        fake.machines[WEB].state = InstanceState.RUNNING
+        fake.heal("state", "web-1")
+        await trio.sleep(4 * 3600)
+        interrupted = next(run for run in w.history() if run.outcome is Outcome.INTERRUPTED)
+        assert interrupted.freeze_s == (None if frozen_s is None else pytest.approx(frozen_s, abs=1))
+        if frozen_s is not None:
+            assert len(fake.times("capture", "web-1")) == 1
+            assert "froze for 40.0 s" in (w.schedule("web-1").last_error or "")
+        else:
+            assert len(fake.times("capture", "web-1")) == 2
+
+
 async def test_how_long_a_guest_waited_for_a_dead_hypemand_locks_its_schedule_out_of_nothing(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
