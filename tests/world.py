@@ -85,11 +85,16 @@ async def world(
     disk: Disk | None = None,
     before_start: Callable[[World], None] | None = None,
     serve: bool = True,
+    first_id: int = 1,
+    tempo: Tempo | None = None,
     **runs: Any,
 ) -> AsyncIterator[World]:
     """An engine that serves *entries* in the background until the end of the block, then is stopped without grace.
 
     Instances named in the entries exist and run, unless the backends have some already.
+
+    Args:
+        first_id: Of the runs of this engine; in a test of a restart, none that is used already.
     """
     clock = clock or FakeClock()
     fakes = {fake.name: fake for fake in backends or [FakeBackend(clock)]}
@@ -100,7 +105,7 @@ async def world(
     room = FakeRoom()
     disk = disk or UnsyncedDisk()
     async with trio.open_nursery() as background:
-        engine = Engine(config, _fleet(fakes), _outside(clock, disk, room), background)
+        engine = Engine(config, _fleet(fakes), _outside(clock, disk, room, first_id, tempo), background)
         made = World(tmp_path, clock, room, disk, fakes, config, engine)
         await engine.load()
         if before_start is not None:
@@ -124,8 +129,8 @@ def _fleet(fakes: Mapping[str, FakeBackend]) -> Fleet:
     return Fleet(build, connect)
 
 
-def _outside(clock: FakeClock, disk: Disk, room: FakeRoom) -> Outside:
-    ids = (f"r{number:06d}" for number in itertools.count(1))
+def _outside(clock: FakeClock, disk: Disk, room: FakeRoom, first_id: int, tempo: Tempo | None) -> Outside:
+    ids = (f"r{number:06d}" for number in itertools.count(first_id))
     return Outside(
         clock=clock,
         disk=disk,
@@ -133,5 +138,5 @@ def _outside(clock: FakeClock, disk: Disk, room: FakeRoom) -> Outside:
         new_id=lambda: next(ids),
         boot_id=BOOT_ID,
         patience=Patience(),
-        tempo=Tempo(),
+        tempo=tempo or Tempo(),
     )

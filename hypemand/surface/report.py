@@ -14,11 +14,12 @@ from hypemand.core.retention import future_dated, scheduled_only
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock
 from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
 from hypemand.engine.limits import answer
+from hypemand.engine.made import MakingOrder
 from hypemand.engine.reconcile import Discovery, Wanted, created, discover, wanted_schedules
 from hypemand.engine.records import FreezeRecords, LongestFreeze, can_abort, why_over_budget
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockOwner, lock_owner
-from hypemand.state.replay import lay_over
+from hypemand.state.replay import lay_over, under_way
 from hypemand.state.runlog import LogContent, read_log
 from hypemand.state.scan import quarantine_notes, scan_schedules
 
@@ -67,6 +68,7 @@ class InstanceView:
 
     Attributes:
         snapshots: Scheduled ones, oldest first; None where they can't be listed.
+        in_order: Ids of its snapshots in the order in which they were made, as far as the run log tells.
         made: False for a schedule that the config wants, but that no daemon has made yet.
         future: Scheduled snapshots dated in the future: a clock was wrong once; they count for nothing.
         max_freeze: Its freeze budget; None where only an invalid config could tell.
@@ -88,6 +90,7 @@ class InstanceView:
     open_run: bool = False
     under_way: bool = False
     future: tuple[Snapshot, ...] = ()
+    in_order: tuple[str, ...] = ()
     max_freeze: timedelta | None = None
     longest: LongestFreeze | None = None
     found_frozen: LongestFreeze | None = None
@@ -119,10 +122,12 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
     discovery = await discover(fleet.backends)
     wanted = wanted_schedules(config, discovery, state.schedules.values()) if config else Wanted()
     overview = Overview(state, _views(state, discovery, fleet, _to_come(state, wanted, clock), only))
-    records = FreezeRecords()
+    records, order = FreezeRecords(), MakingOrder()
     records.learn(state.log.lines)
+    order.learn(state.log.lines)
     for view in overview.instances:
         _judge_freezes(view, records, fleet, config)
+        view.in_order = order.of(view.instance_id)
     overview.problems += wanted.problems
     for name, error in sorted(discovery.errors.items()):
         told = overview.problems if name in used_backends(state) else overview.warnings
@@ -164,7 +169,6 @@ def _views(
 ) -> list[InstanceView]:
     last_runs = {run.instance_id: run for run in state.log.finished()}
     open_runs = {run.instance_id: run for run in state.log.open_runs().values()}
-    daemon = state.owner is not None and state.owner.role == "daemon"
     views = {i: InstanceView(i, _backend_of(s, fleet), s) for i, s in state.schedules.items()}
     views |= {i: InstanceView(i, s.backend, s, made=False) for i, s in to_come.items()}
     for name, instances in sorted(discovery.instances.items()):
@@ -173,9 +177,7 @@ def _views(
     for instance, view in views.items():
         view.last_run = last_runs.get(instance)
         if (run := open_runs.get(instance)) is not None:
-            # A run that the daemon had to leave open has its start in the schedule already.
-            left = view.schedule is not None and view.schedule.last_run_at == run.started_at
-            view.open_run, view.under_way = True, daemon and not left
+            view.open_run, view.under_way = True, under_way(run, view.schedule, state.owner)
     return [views[instance] for instance in sorted(views) if only in (None, instance)]
 
 
