@@ -130,6 +130,8 @@ class Recovery:
         said = [left.reason]
         if settled.resumed:
             said.append(f"the guest was found frozen and was resumed {how_long}")
+        elif run.freezes is not None and freeze_s is None:
+            said.append("the guest runs again already; how long it stood still is not known")
         said.append("its snapshot was complete and is kept" if settled.snapshot else "no snapshot came of it")
         return RunFinished(
             run_id=run.run_id,
