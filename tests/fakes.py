@@ -37,27 +37,35 @@ START = datetime(2026, 3, 9, 1, 0, tzinfo=UTC)
 
 @define
 class FakeClock:
-    """Follows trio's clock from `START`; `jump` moves the wall clock alone. Make it inside the event loop."""
+    """Follows trio's clock from `START`. Make it inside the event loop.
+
+    `jump` moves the wall clock alone; `suspend` moves wall clock and boot-time clock, and trio's stands still.
+    """
 
     start: datetime = START
     synced: bool | None = None
     offset: timedelta = timedelta(0)
+    suspended: timedelta = timedelta(0)
+    local: tzinfo = UTC
     began: float = field(factory=trio.current_time)
 
     def now(self) -> datetime:
-        return self.start + self.offset + timedelta(seconds=trio.current_time() - self.began)
+        return self.start + self.offset + timedelta(seconds=self.boot_s())
 
     def boot_s(self) -> float:
-        return trio.current_time() - self.began
+        return trio.current_time() - self.began + self.suspended.total_seconds()
 
     def synchronised(self) -> bool | None:
         return self.synced
 
     def zone(self) -> tzinfo:
-        return UTC
+        return self.local
 
     def jump(self, by: timedelta) -> None:
         self.offset += by
+
+    def suspend(self, span: timedelta) -> None:
+        self.suspended += span
 
 
 @define

@@ -219,6 +219,9 @@ retention = { max_count = 3 }
 ALONE = "guard = false"
 """For ``[runs]``: when the daemon is killed, nobody comes to settle its runs."""
 
+HOURLY_MANY = RUN_NOW.replace("web-1", "web-*")
+"""The same for every guest whose name begins so."""
+
 SLOW = 'copy_rate = "8KiB"'
 """For a backend: a capture of the lab's instance then takes 40 s, unless it is cut short."""
 
@@ -349,8 +352,12 @@ instances = {{ {tables} }}
     def instance_file(self, instance: str = "web-1") -> Path:
         return self.root / "instances" / instance / "instance.json"
 
+    def guest(self, instance: str = "web-1") -> dict[str, Any]:
+        document: dict[str, Any] = json.loads(self.instance_file(instance).read_text())
+        return document
+
     def guest_state(self, instance: str = "web-1") -> str:
-        return str(json.loads(self.instance_file(instance).read_text())["state"])
+        return str(self.guest(instance)["state"])
 
     def set_guest_state(self, state: str, instance: str = "web-1") -> None:
         """What an operator does by hand."""

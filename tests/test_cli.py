@@ -242,6 +242,7 @@ RUN_KEYS = {
     "snapshot_name",
     "size_bytes",
     "freeze_s",
+    "found_frozen",
     "capture_s",
     "late_s",
     "missed",
@@ -296,6 +297,7 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
             "last_snapshot_age_s",
             "snapshots_kept",
             "snapshots_bytes",
+            "freeze",
             "trouble",
         }
     web = views["web-1"]

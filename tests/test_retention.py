@@ -1,6 +1,7 @@
 """Which snapshots a retention no longer keeps."""
 
 from datetime import UTC, datetime, timedelta
+from random import Random
 
 import pytest
 from attrs import evolve
@@ -255,3 +256,30 @@ def test_the_schedule_of_a_gone_instance_ends_when_pruning_can_do_no_more(
     done: bool,
 ) -> None:
     assert outlived(hourly(left), retention) is done
+
+
+def test_a_snapshot_dated_too_early_counts_in_the_order_in_which_it_was_made() -> None:
+    in_1970 = [taken(f"wrong{n}", datetime(1970, 1, 1, n, tzinfo=UTC)) for n in (1, 2)]
+    before = [taken(f"old{age}", NOW - age * HOUR) for age in (9, 8, 7)]
+    newest = taken("new", NOW)
+    made = [one.id for one in (*before, *in_1970, newest)]
+    kept = [*before, *in_1970, newest]
+    by_count = select_expired(kept, Retention(max_count=3), now=NOW, protected=(), made=made)
+    assert ids(by_count) == ["old9", "old8", "old7"]
+    by_age = select_expired(kept, Retention(max_age=8 * HOUR), now=NOW, protected=(), made=made)
+    assert ids(by_age) == ["old9"]
+    later = select_expired(kept, Retention(max_age=8 * HOUR), now=NOW + 9 * HOUR, protected={"new"}, made=made)
+    assert ids(later) == ["old9", "old8", "old7", "wrong1", "wrong2"]
+    assert select_expired([*before, *in_1970], Retention(max_age=10 * HOUR), now=NOW, protected=(), made=made) == ()
+
+
+@given(snapshot_lists(), small_retentions(), st.randoms())
+def test_an_order_that_the_dates_agree_with_changes_nothing(
+    snapshots: list[Snapshot], retention: Retention, chance: Random
+) -> None:
+    in_order = [one.id for one in sorted(snapshots, key=lambda s: (s.created_at, s.id))]
+    known = [one for one in in_order if chance.random() < 0.5]
+    by_dates = select_expired(snapshots, retention, now=NOW, protected=())
+    assert select_expired(snapshots, retention, now=NOW, protected=(), made=in_order) == by_dates
+    if len({one.created_at for one in snapshots}) == len(snapshots):
+        assert select_expired(snapshots, retention, now=NOW, protected=(), made=known) == by_dates

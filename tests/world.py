@@ -87,11 +87,16 @@ async def world(
     leases: FakeLeases | None = None,
     before_start: Callable[[World], None] | None = None,
     serve: bool = True,
+    first_id: int = 1,
+    tempo: Tempo | None = None,
     **runs: Any,
 ) -> AsyncIterator[World]:
     """An engine that serves *entries* in the background until the end of the block, then is stopped without grace.
 
     Instances named in the entries exist and run, unless the backends have some already.
+
+    Args:
+        first_id: Of the runs of this engine; in a test of a restart, none that is used already.
     """
     clock = clock or FakeClock()
     fakes = {fake.name: fake for fake in backends or [FakeBackend(clock)]}
@@ -103,7 +108,9 @@ async def world(
     disk = disk or UnsyncedDisk()
     leases = leases or FakeLeases()
     async with trio.open_nursery() as background:
-        engine = Engine(config, _fleet(fakes), _outside(clock, disk, room, leases), background)
+        engine = Engine(
+            config, _fleet(fakes), _outside(clock, disk, room, leases, first_id=first_id, tempo=tempo), background
+        )
         made = World(tmp_path, clock, room, leases, disk, fakes, config, engine)
         await engine.load()
         if before_start is not None:
@@ -127,8 +134,10 @@ def _fleet(fakes: Mapping[str, FakeBackend]) -> Fleet:
     return Fleet(build, connect)
 
 
-def _outside(clock: FakeClock, disk: Disk, room: FakeRoom, leases: FakeLeases) -> Outside:
-    ids = (f"r{number:06d}" for number in itertools.count(1))
+def _outside(
+    clock: FakeClock, disk: Disk, room: FakeRoom, leases: FakeLeases, *, first_id: int, tempo: Tempo | None
+) -> Outside:
+    ids = (f"r{number:06d}" for number in itertools.count(first_id))
     return Outside(
         clock=clock,
         disk=disk,
@@ -137,5 +146,5 @@ def _outside(clock: FakeClock, disk: Disk, room: FakeRoom, leases: FakeLeases) -
         boot_id=BOOT_ID,
         leases=leases,
         patience=Patience(),
-        tempo=Tempo(),
+        tempo=tempo or Tempo(),
     )

@@ -45,7 +45,11 @@ class Capabilities:
             pauses nor resumes, `Backend.capture` does it all.
         abortable: Whether cancelling `Backend.capture` ends the capture at
             once. Where it is False, the hypervisor goes on by itself until it
-            is done, and `Backend.settle` clears up after it.
+            is done, and `Backend.settle` clears up after it. It counts only
+            where the engine freezes, which then ends the capture at the freeze
+            budget. All other captures, a fallback that `Preparation` names
+            included, are held to it by their record: none begins once a
+            capture of that guest, frozen in the same way, has taken longer.
         kinds: Snapshot kinds that can be made.
     """
 

@@ -1,6 +1,6 @@
 """What a schedule will do: its coming runs, and what each will prune."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from datetime import datetime, timedelta
 
 from attrs import frozen
@@ -21,13 +21,20 @@ class PlannedRun:
 
 
 def forecast(
-    schedule: Schedule, snapshots: Collection[Snapshot], *, now: datetime, within: timedelta
+    schedule: Schedule,
+    snapshots: Collection[Snapshot],
+    *,
+    now: datetime,
+    within: timedelta,
+    made: Sequence[str] = (),
 ) -> Iterator[PlannedRun]:
     """The runs of *schedule* due until ``now + within``, in order; an overdue one is due now.
 
     Args:
         snapshots: Its scheduled snapshots as they are now.
+        made: Their ids in the order in which they were made, as far as that is known.
     """
+    in_order = [*made]
     kept = {snapshot.id: snapshot for snapshot in snapshots}
     names = {snapshot.name for snapshot in snapshots}
     at = max(schedule.next_run_at, now)
@@ -44,10 +51,13 @@ def forecast(
             size_bytes=0,
             tags=scheduled_tags(schedule.instance_id, schedule.metadata),
         )
-        prunes = select_expired(list(kept.values()), schedule.retention, now=at, protected={name})
+        in_order.append(name)
+        prunes = select_expired(list(kept.values()), schedule.retention, now=at, protected={name}, made=in_order)
         for expired in prunes:
             del kept[expired.snapshot.id]
             names.discard(expired.snapshot.name)
+            if expired.snapshot.id in in_order:
+                in_order.remove(expired.snapshot.id)
         yield PlannedRun(at, name, prunes)
         due = next_slot(due, schedule.interval, at).next_run_at
         at = due

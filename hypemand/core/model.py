@@ -216,6 +216,8 @@ class RunFinished:
 
     Attributes:
         missed: Slots of the grid passed over before this run.
+        found_frozen: A recovery found the guest frozen and resumed it: *freeze_s* is how long it stood still until
+            then, at most, and no measure of the capture.
         error: Set for every outcome but a clean success; a success with an
             error has a snapshot, and something to tell.
         warnings: What went otherwise than configured, with no harm to the snapshot.
@@ -232,6 +234,7 @@ class RunFinished:
     snapshot_name: str | None = None
     size_bytes: int | None = None
     freeze_s: float | None = None
+    found_frozen: bool = False
     capture_s: float | None = None
     late_s: float = 0.0
     missed: int = 0

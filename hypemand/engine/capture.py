@@ -1,6 +1,7 @@
 """One attempt of a run at its snapshot: inspect, prepare, claim, freeze, capture, thaw, complete, publish."""
 
 from collections.abc import Awaitable, Callable, Iterable
+from datetime import timedelta
 from typing import TypeVar
 
 import structlog
@@ -17,6 +18,7 @@ from hypemand.engine.freeze import Budget, Freeze
 from hypemand.engine.limits import answer
 from hypemand.engine.means import Means
 from hypemand.engine.progress import Progress
+from hypemand.engine.records import FreezeKey, OverBudgetError, can_abort, why_over_budget
 from hypemand.engine.slots import Slot
 from hypemand.state.replay import advanced
 
@@ -55,6 +57,7 @@ class Attempt:
 
         Raises:
             WithdrawnError: The schedule is not there any more.
+            OverBudgetError: The guest would stand still for longer than its budget; nothing was touched.
             BackendError: Transient before ``progress.started`` is set: another attempt may be made.
             NoGuardError: Likewise.
             StillFrozenError: The guest could not be resumed.
@@ -69,6 +72,7 @@ class Attempt:
             self._warn(ready.warnings, anew=True)
             if found.steps.frozen_by(ready.freezes).pauses:
                 await means.leases.check()
+            self._check_budget(found, ready)
             async with means.space.reserve(ready.rooms, means.limits().min_free):
                 started = await self._claim(found, ready)
                 budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
@@ -99,12 +103,28 @@ class Attempt:
                 "capture with a warning", instance_id=self.instance, run_id=self.progress.run_id, warning=warning
             )
 
+    def _check_budget(self, found: _Found, ready: Preparation) -> None:
+        """Refuse a capture that can't be interrupted, of a guest that stood still for too long in such a one before.
+
+        Raises:
+            OverBudgetError: Says how to go on.
+        """
+        freezes = found.steps.frozen_by(ready.freezes).freezes
+        if freezes is None or can_abort(self.backend.capabilities, freezes):
+            return
+        longest = self.means.recorder.freezes.longest(FreezeKey(self.instance, self.backend.name, freezes))
+        why = why_over_budget(longest, self._max_freeze(found.schedule))
+        if why is not None:
+            raise OverBudgetError(why)
+
+    def _max_freeze(self, schedule: Schedule) -> timedelta:
+        return schedule.settings.max_freeze or self.means.limits().max_freeze
+
     async def _claim(self, found: _Found, ready: Preparation) -> RunStarted:
         means, progress, schedule = self.means, self.progress, found.schedule
         now = means.clock.now()
         own_slot = progress.trigger is Trigger.SCHEDULE
         following = next_slot(progress.due_at, schedule.interval, now).next_run_at
-        max_freeze = schedule.settings.max_freeze or means.limits().max_freeze
         started = RunStarted(
             run_id=progress.run_id,
             instance_id=self.instance,
@@ -117,7 +137,7 @@ class Attempt:
             started_at=now,
             snapshot_name=snapshot_name(schedule.name_prefix, now, ready.taken_names),
             tags=scheduled_tags(self.instance, schedule.metadata),
-            max_freeze_s=max_freeze.total_seconds(),
+            max_freeze_s=self._max_freeze(schedule).total_seconds(),
             freezes=found.steps.frozen_by(ready.freezes).freezes,
             boot_id=means.boot_id,
             connection=self.backend.connection,

@@ -7,10 +7,11 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 from zoneinfo import ZoneInfo
 
 import structlog
+from attrs import frozen
 
 from hypemand.core.fields import format_instant
 
@@ -78,30 +79,66 @@ def boot_id() -> str:
         return ""
 
 
+@frozen
+class _Doubt:
+    """Why the wall clock is not trusted: when that was seen, and by how much it may be wrong.
+
+    Attributes:
+        may_be_downtime: A clock far ahead of what was recorded; right, if hypemand was down for so long.
+    """
+
+    seen_s: float
+    by: timedelta
+    may_be_downtime: bool = False
+
+    def holds(self, boot_s: float, interval: timedelta) -> bool:
+        """Whether a schedule of *interval* must still wait: for that, or as long as the doubt is large."""
+        if self.may_be_downtime and self.by <= interval:
+            return False
+        return timedelta(seconds=boot_s - self.seen_s) < min(LONGEST_WAIT, max(interval, self.by))
+
+
 class ClockWatch:
     """Compares the wall clock with the boot-time clock, and says when pruning by age has to wait.
 
-    Pruning by age waits for one clean interval, at most a day, after a jump or
-    after a start whose clock precedes what was recorded before, and while the
-    kernel calls the clock unsynchronised.
+    Pruning by age waits while the kernel calls the clock unsynchronised, and
+    for a clean interval after a jump, after a start whose clock precedes what
+    was recorded last, or one that is more than an interval ahead of it. After
+    a jump of more than an interval it waits for as long as that; never for
+    more than a day.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._wall = clock.now()
         self._boot_s = clock.boot_s()
-        self._suspect_since_s: float | None = None
+        self._doubt: _Doubt | None = None
         self.jumps = 0
 
-    def check_start(self, newest_recorded: datetime | None) -> None:
-        """Distrust a clock that stands before *newest_recorded*, the newest instant in the state."""
-        if newest_recorded is not None and self._clock.now() < newest_recorded:
-            self._suspect_since_s = self._clock.boot_s()
-            _log.error(
-                "the clock stands before what was recorded; pruning by age waits",
-                clock=format_instant(self._clock.now()),
-                newest_recorded=format_instant(newest_recorded),
+    def check_start(self, last_recorded: datetime | None) -> None:
+        """Compare the clock with *last_recorded*, the latest instant in the state."""
+        if last_recorded is None:
+            return
+        by = self._clock.now() - last_recorded
+        if by < timedelta(0):
+            self._doubt = _Doubt(self._clock.boot_s(), -by)
+            _log.error("the clock stands before what was recorded; pruning by age waits", **self._told(by))
+        elif by > JUMP:
+            self._doubt = _Doubt(self._clock.boot_s(), by, may_be_downtime=True)
+            _log.log(
+                30 if by > LONGEST_WAIT else 20,
+                "the clock stands after what was recorded, hypemand was down for so long or it is wrong;"
+                " where that is more than an interval, pruning by age waits",
+                **self._told(by),
             )
+
+    def _told(self, by: timedelta) -> dict[str, Any]:
+        now = self._clock.now()
+        return {
+            "by_s": round(by.total_seconds(), 3),
+            "clock": format_instant(now),
+            "recorded": format_instant(now - by),
+        }
 
     def check(self, on_jump: Callable[[timedelta], None]) -> None:
         """Call *on_jump* with how far the wall clock jumped since the last check, if it did by more than 30 s."""
@@ -110,10 +147,11 @@ class ClockWatch:
         self._wall, self._boot_s = wall, boot_s
         if abs(jump) > JUMP:
             self.jumps += 1
-            self._suspect_since_s = boot_s
+            self._doubt = _Doubt(boot_s, abs(jump))
             _log.warning(
                 "the clock jumped; pruning by age waits, times are set anew",
                 by_s=round(jump.total_seconds(), 3),
+                was=format_instant(wall - jump),
                 clock=format_instant(wall),
             )
             on_jump(jump)
@@ -126,14 +164,12 @@ class ClockWatch:
         """Why a schedule of *interval* must not prune by age now, or None when it may."""
         if self._clock.synchronised() is False:
             return "the kernel says that the clock is not synchronised"
-        if self.distrusted(min(interval, LONGEST_WAIT)):
-            return "the clock was wrong or jumped less than one interval ago"
+        if self.distrusted(interval):
+            return "the clock was wrong or jumped a short while ago, or hypemand was down for long"
         return None
 
-    def distrusted(self, since: timedelta) -> bool:
-        """Whether the clock jumped, or was found wrong, less than *since* ago."""
+    def distrusted(self, interval: timedelta) -> bool:
+        """Whether the clock jumped, or may be wrong, so lately that a schedule of *interval* has to wait."""
         if abs(self._since_last_look()) > JUMP:
             return True  # just now; the next check will tell
-        if self._suspect_since_s is None:
-            return False
-        return timedelta(seconds=self._clock.boot_s() - self._suspect_since_s) < since
+        return self._doubt is not None and self._doubt.holds(self._clock.boot_s(), interval)

@@ -10,7 +10,7 @@ import trio
 from attrs import field, frozen
 
 from hypemand.config import Config
-from hypemand.core.model import InstanceId
+from hypemand.core.model import InstanceId, RunFinished
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
@@ -99,7 +99,7 @@ class Engine:
             leases=outside.leases,
             boot_id=outside.boot_id,
         )
-        self._pruner = Pruner(clock, self.watch, patience)
+        self._pruner = Pruner(clock, self.watch, patience, self.recorder.made)
         self.runner = Runner(self._means())
         self.scheduler = Scheduler(
             clock=clock,
@@ -150,7 +150,8 @@ class Engine:
         await self.store.load()
         history = await self.runlog.open()
         self._lay_over(history)
-        self.watch.check_start(_newest_instant(history, self.store))
+        self.recorder.learn(history.lines)
+        self.watch.check_start(_last_instant(history, self.store))
         self._used = await self._used_backends(history)
         self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))
 
@@ -311,9 +312,12 @@ class Engine:
             pause_s = min(2 * pause_s, tempo.settle_most_s) if waits else tempo.settle_first_s
 
 
-def _newest_instant(history: LogContent, store: Store) -> datetime | None:
-    """The newest moment that the state knows to have been. A start before it has a wrong clock."""
-    lines = [line.started_at for line in history.lines]
-    finished = [line.finished_at for line in history.finished()]
-    updated = [schedule.updated_at for schedule in store.schedules.values()]
-    return max([*lines, *finished, *updated], default=None)
+def _last_instant(history: LogContent, store: Store) -> datetime | None:
+    """The moment that was recorded last. A start before it, or long after it, may have a wrong clock.
+
+    What a wrong clock recorded before that is past: another clock has been trusted since.
+    """
+    if history.lines:
+        last = history.lines[-1]
+        return last.finished_at if isinstance(last, RunFinished) else last.started_at
+    return max((schedule.updated_at for schedule in store.schedules.values()), default=None)

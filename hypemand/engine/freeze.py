@@ -19,7 +19,7 @@ from hypemand.backends.base import (
     InvalidState,
 )
 from hypemand.core.errors import HypemandError
-from hypemand.core.model import InstanceId, InstanceState
+from hypemand.core.model import Freezer, InstanceId, InstanceState
 from hypemand.core.runstate import Steps
 from hypemand.engine.leases import Leases
 from hypemand.engine.limits import Patience, answer
@@ -188,8 +188,18 @@ class Freeze:
                 return await self.backend.capture(self.instance, request)
         finally:
             self.record.capture_s = trio.current_time() - began
+        if self.steps.freezes is Freezer.HYPERVISOR and not await self._runs_again():
+            self.record.freeze_s = self.record.capture_s  # at least: nobody else will tell
         limit = "freeze budget" if within_s < self.budget.capture_timeout_s else "runs.capture_timeout"
         raise CaptureFailed(f"capture took longer than its {limit} allows and was stopped after {within_s:.1f} s")
+
+    async def _runs_again(self) -> bool:
+        """Whether the guest of a capture that was given up runs. No answer is never a yes."""
+        try:
+            status = await answer("state", self.patience.answer_s, lambda: self.backend.state(self.instance))
+        except Exception:  # noqa: BLE001 - the capture's own failure is what counts
+            return False
+        return status.state is InstanceState.RUNNING
 
     async def _thaw(self, slot: Slot, began: float) -> None:
         pause_s = self.patience.thaw_first_s

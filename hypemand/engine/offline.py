@@ -7,11 +7,14 @@ from hypemand.config import Config
 from hypemand.engine.engine import Engine, this_machine
 from hypemand.engine.fleet import new_fleet
 from hypemand.state.files import Disk
-from hypemand.state.lock import LockHeldError, take_lock
+from hypemand.state.lock import LockHeldError, LockOwner, take_lock
+from hypemand.state.replay import under_way
 from hypemand.state.runlog import read_log
+from hypemand.state.scan import scan_schedules
 
 PATIENCE_S = 30.0
 PAUSE_S = 1.0
+BESIDE_S = 5.0
 
 
 @frozen
@@ -25,14 +28,22 @@ class Recovered:
 async def recover(config: Config) -> Recovered:
     """Settle every open run in the state of *config*; keeps trying for up to 30 s.
 
-    Beside a daemon or guard, which settle runs themselves, it only reports.
+    Beside a daemon, which settles runs itself, it gives that a few seconds,
+    and takes over only should the daemon end meanwhile. Another `recover` or a
+    guard is waited for.
     """
     if not config.state_dir.exists():
         return Recovered(f"nothing to recover: there is no state in {config.state_dir}", ())
-    try:
-        lock = await take_lock(config.state_dir, "recover", Disk())
-    except LockHeldError as error:
-        return await _leave_to(error, config)
+    deadline = trio.current_time() + BESIDE_S
+    while True:
+        try:
+            lock = await take_lock(config.state_dir, "recover", Disk())
+            break
+        except LockHeldError as error:
+            beside = await trio.to_thread.run_sync(_look_beside, error.owner, config)
+            if beside.done or trio.current_time() >= deadline:
+                return beside.told()
+        await trio.sleep(PAUSE_S)
     try:
         return await settle_held(config, PATIENCE_S)
     finally:
@@ -64,7 +75,32 @@ async def _settle(engine: Engine, patience_s: float) -> Recovered:
     return Recovered(summary, tuple(unsaid))
 
 
-async def _leave_to(held: LockHeldError, config: Config) -> Recovered:
-    log = await trio.to_thread.run_sync(read_log, config.state_dir, Disk())
-    left = [f"{run.instance_id}: run {run.run_id}" for run in log.open_runs().values()]
-    return Recovered(f"left to hypemand {held.owner}, which settles open runs itself", tuple(left))
+@frozen
+class _Beside:
+    """What is open while somebody else holds the state, a line for each run."""
+
+    owner: LockOwner
+    under_way: tuple[str, ...]
+    left: tuple[str, ...]
+
+    @property
+    def done(self) -> bool:
+        return not self.under_way and not self.left
+
+    def told(self) -> Recovered:
+        summary = f"left to hypemand {self.owner}, which settles open runs itself"
+        if self.under_way:
+            summary += f"; under way there: {', '.join(self.under_way)}"
+        return Recovered(summary, self.left)
+
+
+def _look_beside(owner: LockOwner, config: Config) -> _Beside:
+    disk = Disk()
+    log = read_log(config.state_dir, disk)
+    open_runs = log.open_runs().values()
+    schedules = scan_schedules(config.state_dir / "schedules", disk).schedules if open_runs else {}
+    told: dict[bool, list[str]] = {True: [], False: []}
+    for run in open_runs:
+        schedule, _ = schedules.get(run.instance_id, (None, None))
+        told[under_way(run, schedule, owner)].append(f"{run.instance_id}: run {run.run_id}")
+    return _Beside(owner, tuple(told[True]), tuple(told[False]))

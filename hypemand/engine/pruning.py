@@ -1,12 +1,12 @@
 """Deleting what retention no longer keeps: one at a time, each with its reason in the log and in the run."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 
 import structlog
 from attrs import define, field
 
 from hypemand.backends.base import Backend, BackendError
-from hypemand.core.model import Pruned, Schedule, Snapshot
+from hypemand.core.model import InstanceId, Pruned, Schedule, Snapshot
 from hypemand.core.retention import Expired, future_dated, scheduled_only, select_expired, without_age
 from hypemand.engine.clock import Clock, ClockWatch
 from hypemand.engine.limits import Patience, answer
@@ -33,10 +33,13 @@ class PruneResult:
 class Pruner:
     """Applies the retention of a schedule."""
 
-    def __init__(self, clock: Clock, watch: ClockWatch, patience: Patience) -> None:
+    def __init__(
+        self, clock: Clock, watch: ClockWatch, patience: Patience, made: Callable[[InstanceId], Sequence[str]]
+    ) -> None:
         self._clock = clock
         self._watch = watch
         self._patience = patience
+        self._made = made
 
     async def prune(
         self, backend: Backend, schedule: Schedule, protected: Collection[str], result: PruneResult
@@ -72,11 +75,12 @@ class Pruner:
                 snapshot_id=ahead.id,
                 snapshot_name=ahead.name,
             )
-        expired = select_expired(snapshots, retention, now=now, protected=protected)
+        made = self._made(schedule.instance_id)
+        expired = select_expired(snapshots, retention, now=now, protected=protected, made=made)
         why = self._watch.why_age_waits(schedule.interval) if retention.max_age else None
         if why is None:
             return expired
-        certain = select_expired(snapshots, without_age(retention), now=now, protected=protected)
+        certain = select_expired(snapshots, without_age(retention), now=now, protected=protected, made=made)
         if len(certain) < len(expired):
             waiting = len(expired) - len(certain)
             _log.warning("pruning by age waits", instance_id=schedule.instance_id, snapshots=waiting, why=why)

@@ -1,13 +1,18 @@
 """Writing down how a run ended: first the run log's finished line, then the schedule's file."""
 
+from collections.abc import Iterable
+
 import structlog
 import trio
 from attrs import evolve
 
 from hypemand.core.cadence import reanchor
 from hypemand.core.fields import format_instant
-from hypemand.core.model import Outcome, RunFinished, Schedule, Trigger
+from hypemand.core.model import InstanceId, Outcome, RunFinished, Schedule, Trigger
 from hypemand.engine.clock import Clock
+from hypemand.engine.made import MakingOrder
+from hypemand.engine.records import FreezeRecords
+from hypemand.state.codec import Line
 from hypemand.state.replay import advanced, with_outcome
 from hypemand.state.runlog import RunLog
 from hypemand.state.store import Store
@@ -17,17 +22,38 @@ _log = structlog.get_logger()
 
 
 class Recorder:
-    """Puts outcomes where they last. A full disk delays that, and loses nothing while hypemand runs."""
+    """Puts outcomes where they last. A full disk delays that, and loses nothing while hypemand runs.
+
+    Attributes:
+        freezes: How long guests stood still in the runs recorded so far.
+    """
 
     def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event) -> None:
         self._clock = clock
         self._store = store
         self._runlog = runlog
         self._give_up = give_up
+        self.freezes = FreezeRecords()
+        self._order = MakingOrder()
+
+    def learn(self, lines: Iterable[Line]) -> None:
+        """Take in what the run log tells of earlier runs, oldest first."""
+        lines = list(lines)
+        self.freezes.learn(lines)
+        self._order.learn(lines)
+
+    def made(self, instance: InstanceId) -> list[str]:
+        """Ids of the snapshots of *instance* in the order in which they were made, those of open runs last."""
+        under_way = [run.run_id for run in self._runlog.open_runs if run.instance_id == instance]
+        return [*self._order.of(instance), *under_way]
 
     async def finished(self, run: RunFinished, trigger: Trigger) -> None:
         """Append *run* to the log, and bring its schedule up to date. Retries until it holds or hypemand stops."""
         log_outcome(run)
+        started = next((line for line in self._runlog.open_runs if line.run_id == run.run_id), None)
+        if started is not None:
+            self.freezes.finished(started, run)
+        self._order.finished(run)
         pause_s = 0.1
         while True:
             try:

@@ -129,12 +129,12 @@ class Recovery:
     def _interrupted(self, run: RunStarted, settled: Settled) -> RunFinished:
         now = self.clock.now()
         left = self.left_open.get(run.run_id, _CRASHED)
-        freeze_s = settled.freeze_s
-        if freeze_s is None:
-            freeze_s = (now - run.started_at).total_seconds() if settled.resumed else left.freeze_s
+        freeze_s, how_long = self._frozen_for(run, settled, left)
         said = [left.reason]
         if settled.resumed:
-            said.append(f"the guest was found frozen and was resumed after {freeze_s:.1f} s")
+            said.append(f"the guest was found frozen and was resumed {how_long}")
+        elif run.freezes is not None and freeze_s is None:
+            said.append("the guest runs again already; how long it stood still is not known")
         said.append("its snapshot was complete and is kept" if settled.snapshot else "no snapshot came of it")
         return RunFinished(
             run_id=run.run_id,
@@ -148,7 +148,19 @@ class Recovery:
             snapshot_name=settled.snapshot.name if settled.snapshot else None,
             size_bytes=settled.snapshot.size_bytes if settled.snapshot else None,
             freeze_s=None if freeze_s is None else round(freeze_s, 6),
+            found_frozen=settled.resumed,
             late_s=round((run.started_at - run.due_at).total_seconds(), 6),
             error="; ".join([*said, *settled.notes]),
             warnings=left.warnings,
         )
+
+    def _frozen_for(self, run: RunStarted, settled: Settled, left: LeftOpen) -> tuple[float | None, str]:
+        """How long the guest stood still, where that is known, and in words, should it have been found so."""
+        if settled.freeze_s is not None:
+            return settled.freeze_s, f"after {settled.freeze_s:.1f} s"
+        if not settled.resumed:
+            return left.freeze_s, ""
+        most_s = (self.clock.now() - run.started_at).total_seconds()
+        if most_s < 0:
+            return None, "after a time that is not known: the clock was set back meanwhile"
+        return most_s, f"after at most {most_s:.1f} s, counted from the begin of its run"

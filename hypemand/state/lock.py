@@ -3,12 +3,13 @@
 import contextlib
 import fcntl
 import os
+from datetime import UTC, datetime
 from pathlib import Path
 
 import orjson
 import structlog
 import trio
-from attrs import frozen
+from attrs import field, frozen
 
 from hypemand.core.errors import HypemandError
 from hypemand.state.files import Disk
@@ -20,10 +21,15 @@ LOOK_S = 0.5
 
 @frozen
 class LockOwner:
-    """Who holds the lock: ``daemon``, ``guard`` or ``recover``, and its process id (0 while it is not yet written)."""
+    """Who holds the lock: ``daemon``, ``guard`` or ``recover``, and its process id (0 while it is not yet written).
+
+    Attributes:
+        since: When it took the lock, by the filesystem's clock; None where that is not known.
+    """
 
     role: str
     pid: int
+    since: datetime | None = field(default=None, eq=False)
 
     def __str__(self) -> str:
         return f"{self.role} (pid {self.pid})" if self.pid else "another process"
@@ -90,7 +96,8 @@ def lock_owner(state_dir: Path) -> LockOwner | None:
 def _read_owner(path: Path) -> LockOwner:
     try:
         held = orjson.loads(path.read_bytes())
-        return LockOwner(str(held["role"]), int(held["pid"]))
+        since = datetime.fromtimestamp(path.stat().st_mtime, UTC)
+        return LockOwner(str(held["role"]), int(held["pid"]), since)
     except (OSError, ValueError, KeyError, TypeError):
         return LockOwner("process", 0)
 

@@ -7,6 +7,7 @@ from attrs import evolve
 from hypemand.core.cadence import next_slot
 from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule
 from hypemand.state.codec import Line
+from hypemand.state.lock import LockOwner
 
 
 def lay_over(schedule: Schedule, lines: Iterable[Line]) -> Schedule:
@@ -69,3 +70,15 @@ def remembered(lines: Iterable[Line]) -> dict[InstanceId, RunFinished]:
             snapshot_id = line.snapshot_id or (before.snapshot_id if before else None)
             last[line.instance_id] = evolve(line, snapshot_id=snapshot_id)
     return last
+
+
+def under_way(run: RunStarted, schedule: Schedule | None, owner: LockOwner | None) -> bool:
+    """Whether the holder of the state is at *run*, which is open: not left open by an earlier one, nor by itself.
+
+    Args:
+        schedule: That of its instance. A daemon that leaves a run open writes its start there.
+    """
+    if owner is None or owner.role != "daemon":
+        return False
+    left = schedule is not None and schedule.last_run_at == run.started_at
+    return not left and (owner.since is None or run.started_at >= owner.since)

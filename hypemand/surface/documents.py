@@ -48,7 +48,21 @@ def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
         "last_snapshot_age_s": round((now - last.created_at).total_seconds(), 3) if last else None,
         "snapshots_kept": None if view.snapshots is None else len(view.snapshots),
         "snapshots_bytes": None if view.snapshots is None else sum(s.size_bytes for s in view.snapshots),
+        "freeze": _freeze_document(view),
         "trouble": view.trouble,
+    }
+
+
+def _freeze_document(view: InstanceView) -> dict[str, Any]:
+    longest, found = view.longest, view.found_frozen
+    return {
+        "last_s": view.last_run.freeze_s if view.last_run else None,
+        "longest_s": longest.freeze_s if longest else None,
+        "longest_at": format_instant(longest.at) if longest else None,
+        "found_frozen_s": found.freeze_s if found else None,
+        "found_frozen_at": format_instant(found.at) if found else None,
+        "budget_s": view.max_freeze.total_seconds() if view.max_freeze else None,
+        "over_budget": view.over_budget,
     }
 
 

@@ -40,4 +40,4 @@ def plan_runs(overview: Overview, *, now: datetime, within: timedelta) -> Plan:
 
 def _runs(view: InstanceView, now: datetime, within: timedelta) -> Iterator[PlannedRun]:
     assert view.schedule is not None
-    return forecast(view.schedule, view.snapshots or (), now=now, within=within)
+    return forecast(view.schedule, view.snapshots or (), now=now, within=within, made=view.in_order)

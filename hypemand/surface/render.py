@@ -101,7 +101,8 @@ def seconds_short(seconds: float | None) -> str:
 
 def status_table(overview: Overview, now: datetime) -> Table:
     """A row for each instance. On a terminal errors are in `status_notes` alone: they are too long for a column."""
-    headings = ["INSTANCE", "STATE", "EVERY", "NEXT RUN", "LAST RUN", "LAST SNAPSHOT", "AGE", "KEPT", "SIZE", "FREEZE"]
+    headings = ["INSTANCE", "STATE", "EVERY", "NEXT RUN", "LAST RUN", "LAST SNAPSHOT", "AGE", "KEPT", "SIZE"]
+    headings += ["FREEZE", "LONGEST"]
     rows = [_status_row(view, now) for view in overview.instances]
     if not sys.stdout.isatty():
         headings.append("ERROR")
@@ -127,7 +128,16 @@ def _status_row(view: InstanceView, now: datetime) -> list[str]:
         "?" if view.snapshots is None else str(len(view.snapshots)),
         "?" if view.snapshots is None else format_size(sum(s.size_bytes for s in view.snapshots)),
         seconds_short(run.freeze_s if run else None),
+        _longest(view),
     ]
+
+
+def _longest(view: InstanceView) -> str:
+    """The longest freeze against its budget: ``1.2 s of 2m``."""
+    if view.max_freeze is None:
+        return seconds_short(view.longest.freeze_s) if view.longest else "-"
+    longest = seconds_short(view.longest.freeze_s) if view.longest else "none"
+    return f"{longest} of {format_duration(view.max_freeze)}"
 
 
 def _next_run(view: InstanceView, now: datetime) -> str:

@@ -1,7 +1,7 @@
 """What an operator asks, answered from the state files and the backends. Changes nothing."""
 
 from collections.abc import Collection
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import trio
@@ -14,10 +14,12 @@ from hypemand.core.retention import future_dated, scheduled_only
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock
 from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
 from hypemand.engine.limits import answer
+from hypemand.engine.made import MakingOrder
 from hypemand.engine.reconcile import Discovery, Wanted, created, discover, wanted_schedules
+from hypemand.engine.records import FreezeRecords, LongestFreeze, can_abort, why_over_budget
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockOwner, lock_owner
-from hypemand.state.replay import lay_over
+from hypemand.state.replay import lay_over, under_way
 from hypemand.state.runlog import LogContent, read_log
 from hypemand.state.scan import quarantine_notes, scan_schedules
 
@@ -66,8 +68,13 @@ class InstanceView:
 
     Attributes:
         snapshots: Scheduled ones, oldest first; None where they can't be listed.
+        in_order: Ids of its snapshots in the order in which they were made, as far as the run log tells.
         made: False for a schedule that the config wants, but that no daemon has made yet.
         future: Scheduled snapshots dated in the future: a clock was wrong once; they count for nothing.
+        max_freeze: Its freeze budget; None where only an invalid config could tell.
+        longest: Its longest freeze in a capture, *found_frozen*: until a recovery resumed it. Both of the kind that
+            it had last.
+        over_budget: Why its next run is going to fail, in view of that.
         open_run: A run is not finished; *under_way*: and a daemon is at it.
         trouble: Why the backend's part is missing.
     """
@@ -83,6 +90,11 @@ class InstanceView:
     open_run: bool = False
     under_way: bool = False
     future: tuple[Snapshot, ...] = ()
+    in_order: tuple[str, ...] = ()
+    max_freeze: timedelta | None = None
+    longest: LongestFreeze | None = None
+    found_frozen: LongestFreeze | None = None
+    over_budget: str | None = None
 
 
 @define
@@ -110,6 +122,12 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
     discovery = await discover(fleet.backends)
     wanted = wanted_schedules(config, discovery, state.schedules.values()) if config else Wanted()
     overview = Overview(state, _views(state, discovery, fleet, _to_come(state, wanted, clock), only))
+    records, order = FreezeRecords(), MakingOrder()
+    records.learn(state.log.lines)
+    order.learn(state.log.lines)
+    for view in overview.instances:
+        _judge_freezes(view, records, fleet, config)
+        view.in_order = order.of(view.instance_id)
     overview.problems += wanted.problems
     for name, error in sorted(discovery.errors.items()):
         told = overview.problems if name in used_backends(state) else overview.warnings
@@ -120,6 +138,8 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
         for view in overview.instances:
             nursery.start_soon(_ask, view, fleet, limiter, clock.now())
     for view in overview.instances:
+        if view.over_budget is not None:
+            overview.warnings.append(f"{view.instance_id}: its next run will not begin: {view.over_budget}")
         overview.warnings += [
             f"{view.instance_id}: snapshot {snapshot.name} is dated in the future: neither counted nor deleted"
             for snapshot in view.future
@@ -149,7 +169,6 @@ def _views(
 ) -> list[InstanceView]:
     last_runs = {run.instance_id: run for run in state.log.finished()}
     open_runs = {run.instance_id: run for run in state.log.open_runs().values()}
-    daemon = state.owner is not None and state.owner.role == "daemon"
     views = {i: InstanceView(i, _backend_of(s, fleet), s) for i, s in state.schedules.items()}
     views |= {i: InstanceView(i, s.backend, s, made=False) for i, s in to_come.items()}
     for name, instances in sorted(discovery.instances.items()):
@@ -158,9 +177,7 @@ def _views(
     for instance, view in views.items():
         view.last_run = last_runs.get(instance)
         if (run := open_runs.get(instance)) is not None:
-            # A run that the daemon had to leave open has its start in the schedule already.
-            left = view.schedule is not None and view.schedule.last_run_at == run.started_at
-            view.open_run, view.under_way = True, daemon and not left
+            view.open_run, view.under_way = True, under_way(run, view.schedule, state.owner)
     return [views[instance] for instance in sorted(views) if only in (None, instance)]
 
 
@@ -169,6 +186,20 @@ def _backend_of(schedule: Schedule, fleet: Fleet) -> str | None:
         return fleet.resolve(schedule.backend)
     except UnknownBackendError:
         return schedule.backend
+
+
+def _judge_freezes(view: InstanceView, records: FreezeRecords, fleet: Fleet, config: Config | None) -> None:
+    """Budget and record. Until its next run begins, a guest is taken to be frozen as it was last."""
+    if view.schedule is not None:
+        overall = config.runs.max_freeze if config else None
+        view.max_freeze = view.schedule.settings.max_freeze or overall
+    key = records.latest_key(view.instance_id, view.backend or "")
+    if key is None:
+        return
+    view.longest, view.found_frozen = records.longest(key), records.longest_found(key)
+    backend = fleet.backends.get(key.backend)
+    if backend is not None and view.max_freeze is not None and not can_abort(backend.capabilities, key.freezes):
+        view.over_budget = why_over_budget(view.longest, view.max_freeze)
 
 
 async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter, now: datetime) -> None:
