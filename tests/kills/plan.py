@@ -1,0 +1,82 @@
+"""Which kills there are to be: the matrix that misses no step, and any number of random ones."""
+
+import random
+from collections.abc import Iterable, Sequence
+
+from tests.kills.places import By, How, Kill, Phase
+
+SHORTEST_S, LONGEST_S = 0.0002, 0.2
+"""Of the delays inside a step; its length is not known, so they are spread over orders of magnitude."""
+
+
+def a_kill(
+    rng: random.Random,
+    step: str,
+    phase: Phase | None = None,
+    *,
+    how: How = How.KILLED,
+    by: By = By.RECOVER,
+    operator: bool = False,
+) -> Kill:
+    """A kill at *step*, at a random instant if it is inside; *phase* too is random if not given."""
+    phase = phase or rng.choice(list(Phase))
+    after_s = SHORTEST_S * (LONGEST_S / SHORTEST_S) ** rng.random() if phase is Phase.IN else 0.0
+    return Kill(step, phase, how, by, after_s, operator)
+
+
+def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> list[Kill]:
+    """Every one of *steps*, each way of settling, each way to come to harm, in random order.
+
+    Args:
+        guard: Whether there is one; else `recover` settles all.
+    """
+    turn = rng.randrange(2)
+
+    def by(number: int) -> By:
+        return By.GUARD if guard and (number + turn) % 2 else By.RECOVER
+
+    kills = [a_kill(rng, step, by=by(number)) for number, step in enumerate(steps)]
+    kills += [a_kill(rng, *place, by=by(n)) for n, place in enumerate(_where_it_hurts(steps))]
+    kills += [a_kill(rng, *_before_the_freeze(steps, rng), by=by(n), operator=True) for n in range(2)]
+    kills.append(a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.RECOVER))
+    if guard:
+        kills += [
+            a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.GUARD),
+            a_kill(rng, "capture", Phase.IN, how=How.BLOCKED, by=By.GUARD),
+            a_kill(rng, rng.choice(("prepare", "list", "record")), how=How.STOPPED, by=By.GUARD),
+        ]
+    rng.shuffle(kills)
+    return kills
+
+
+def _where_it_hurts(steps: Sequence[str]) -> Iterable[tuple[str, Phase]]:
+    """Around the freeze: where the guest stands still, or what there is of the snapshot is partial."""
+    places = [
+        ("pause", Phase.IN),
+        ("pause", Phase.AFTER),
+        ("capture", Phase.IN),
+        ("capture", Phase.AFTER),
+        ("resume", Phase.IN),
+        ("complete", Phase.IN),
+        ("publish", Phase.IN),
+    ]
+    return [(step, phase) for step, phase in places if step in steps]
+
+
+def _before_the_freeze(steps: Sequence[str], rng: random.Random) -> tuple[str, Phase]:
+    places = [("claim", Phase.AFTER), ("make ready", Phase.AFTER), ("look", Phase.BEFORE), ("look", Phase.AFTER)]
+    places.append(("pause", Phase.BEFORE) if "pause" in steps else ("capture", Phase.BEFORE))
+    return rng.choice([place for place in places if place[0] in steps])
+
+
+def random_kill(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> Kill:
+    """Any kill: one in three around the freeze, one in twenty hung, one in twenty with an operator's pause."""
+    by = rng.choice((By.GUARD, By.RECOVER)) if guard else By.RECOVER
+    lot = rng.random()
+    if lot < 0.05:
+        return a_kill(rng, *_before_the_freeze(steps, rng), by=by, operator=True)
+    step, phase = rng.choice(list(_where_it_hurts(steps))) if rng.random() < 1 / 3 else (rng.choice(steps), None)
+    if lot < 0.1:
+        hung = rng.choice((How.STOPPED, How.BLOCKED)) if by is By.GUARD else How.STOPPED
+        return a_kill(rng, step, phase, how=hung, by=by)
+    return a_kill(rng, step, phase, by=by)
