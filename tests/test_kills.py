@@ -70,7 +70,7 @@ def settled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab, datetime]:
 @pytest.fixture
 async def site(tmp_path: Path) -> Harness:
     """An embedded backend with two snapshots."""
-    made = Harness(EmbeddedGround("embedded", Lab(tmp_path)), random.Random(0), patience_s=5.0)
+    made = Harness(EmbeddedGround("embedded", Lab(tmp_path)), random.Random(0), patience_s=3.0)
     await made.set_up()
     return made
 
@@ -105,7 +105,6 @@ async def test_a_place_that_is_never_reached_is_no_kill(site: Harness) -> None:
 
 async def test_a_slot_that_never_works_again_is_found_out(site: Harness) -> None:
     (site.ground.lab.root / "instances" / GUEST / "memory").unlink()
-    site.patience_s = 3.0
     assert kinds(await site.next_slot_works()) == {checks.FAILED}
 
 

@@ -93,7 +93,8 @@ class Campaign:
 
     def _failed(self, harness: Harness, what: str, findings: tuple[Finding, ...]) -> None:
         directory = harness.ground.lab.directory
-        last = max(directory.glob("*-[0-9]*.log"), key=lambda path: path.stat().st_mtime)
+        logs = [path for path in directory.glob("*.log") if path.name.startswith(("victim", "daemon"))]
+        last = max(logs, key=lambda path: path.stat().st_mtime)
         log = "\n".join(f"    {line}" for line in last.read_text(errors="replace").splitlines()[-LOG_LINES:])
         self.failures.append(Failure(harness.ground.name, what, findings, directory, log))
         self.tell(str(self.failures[-1]))

@@ -99,10 +99,10 @@ def _of_next_slot(ground: Ground, due_at: datetime, lines: Iterable[Line]) -> It
         yield Finding(OFF_GRID, f"at {now} the next run is at {next_run_at}")
 
 
-def effective_next_run_at(ground: Ground) -> datetime:
-    """When the guest's next run is due, by the schedule's file and the run log together."""
-    schedule = decode_schedule(ground.lab.schedule_file(GUEST).read_bytes(), InstanceId(GUEST))
-    lines = [line for line in read_log(ground.lab.state, Disk()).lines if line.instance_id == GUEST]
+def effective_next_run_at(ground: Ground, instance: str = GUEST) -> datetime:
+    """When a guest's next run is due, by the schedule's file and the run log together."""
+    schedule = decode_schedule(ground.lab.schedule_file(instance).read_bytes(), InstanceId(instance))
+    lines = [line for line in read_log(ground.lab.state, Disk()).lines if line.instance_id == instance]
     return lay_over(schedule, lines).next_run_at
 
 

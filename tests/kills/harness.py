@@ -11,7 +11,7 @@ from attrs import define, field, frozen
 from tests.kills import checks
 from tests.kills.checks import Finding
 from tests.kills.grounds import GUESTS, KEPT, Ground
-from tests.kills.places import GUEST, OPERATORS, By, How, Kill, Note, Trigger
+from tests.kills.places import GUEST, OPERATORS, By, How, Kill, Note, Relapse, Trigger
 from tests.kills.processes import Victim, all_gone, victim
 from tests.processes import instant, run_cli, running_daemon
 
@@ -60,7 +60,7 @@ class Harness:
     async def set_up(self) -> None:
         """Have as many snapshots as are kept, so that each further run deletes one; then no daemon runs."""
         lab = self.ground.lab
-        self._last_due = datetime.now(UTC).replace(microsecond=0) - timedelta(days=20)
+        self._last_due = datetime.now(UTC).replace(microsecond=0) - timedelta(days=60)
         self.ground.write_config(guard=False, max_freeze="30s")
         async with running_daemon(lab.config) as daemon:
             for instance in GUESTS:
@@ -77,14 +77,18 @@ class Harness:
         lab, now = self.ground.lab, datetime.now(UTC)
         due_at = checks.effective_next_run_at(self.ground)
         if due_at > now:
-            self._last_due += timedelta(seconds=self.rng.randrange(1, 3000))
-            while not timedelta(minutes=5) < (now - self._last_due) % timedelta(hours=1) < timedelta(minutes=55):
-                self._last_due += timedelta(minutes=5)
-            due_at = self._last_due
+            due_at = self._another_slot(now)
             lab.edit(GUEST, next_run_at=instant(due_at))
-        if lab.schedule(OPERATORS)["next_run_at"] > instant(now):
-            lab.edit(OPERATORS, next_run_at=instant(due_at))
+        if checks.effective_next_run_at(self.ground, OPERATORS) > now:
+            lab.edit(OPERATORS, next_run_at=instant(self._another_slot(now)))
         return due_at
+
+    def _another_slot(self, now: datetime) -> datetime:
+        """One that no run has used, on a grid that nothing comes due on while we look."""
+        self._last_due += timedelta(seconds=self.rng.randrange(1, 1500))
+        while not timedelta(minutes=5) < (now - self._last_due) % timedelta(hours=1) < timedelta(minutes=50):
+            self._last_due += timedelta(minutes=5)
+        return self._last_due
 
     async def kill(self, kill: Kill) -> Outcome:
         """Have a daemon come to harm, settle it as *kill* says, and look."""
@@ -105,7 +109,8 @@ class Harness:
             await after.come_to_its_end()
         found = [*after.found, *await checks.findings(self.ground, due_at, paused=kill.operator)]
         run = checks.run_due_at(self.ground, due_at)
-        if after.thawed_s is not None and self.ground.engine_freezes and not (run and run["freeze_s"]):
+        told_how_long = kill.relapse is not None or bool(run and run["freeze_s"])
+        if after.thawed_s is not None and self.ground.engine_freezes and not told_how_long:
             found.append(Finding(checks.LOST, f"the guest was found frozen, and the history does not say so: {run}"))
         if kill.operator:
             await self.ground.resume_as_operator()
@@ -182,12 +187,22 @@ class _Aftermath:
     async def _recover(self) -> None:
         began = monotonic()
         was_running = await self._runs()
+        if self.kill.relapse is not None:
+            await self._relapse(self.kill.relapse)
         ran = await run_cli("recover", "-c", self.ground.lab.config)
         if ran.status != 0:
             self.found.append(Finding(checks.OPEN, f"recover exits {ran.status}: {ran.stdout}{ran.stderr}"))
         if not was_running and await self._runs():
             self.thawed_s = monotonic() - began
         await self._nobody_left(within_s=THAWED_WITHIN_S)
+
+    async def _relapse(self, place: Relapse) -> None:
+        note = self.victim.note.with_name(f"{self.victim.note.stem}-recover.json")
+        trigger = Trigger(place.step, place.phase, How.KILLED, place.after_s, 0.0, note)
+        log = self.victim.log.with_name(f"{self.victim.log.stem}-recover.log")
+        async with victim(self.ground.lab.config, trigger, log, "recover") as first:
+            if await first.harmed(SETTLED_WITHIN_S) is None and first.process.poll() is None:
+                self.found.append(Finding(checks.HELD, f"recover does not end: {log}"))
 
     async def _outlast_the_hang(self) -> None:
         """The guard ends what hangs while it holds a guest frozen; what hangs elsewhere goes on when it can."""

@@ -23,6 +23,8 @@ names the new snapshot before others are deleted. *record* and *file*: how it en
 """
 OF_THE_ENGINE = frozenset({"make ready", "look", "pause", "resume"})
 """Steps that there are only where the engine freezes."""
+OF_RECOVERY = ("settle", "settled", "refile")
+"""Steps of a recovery, which may be killed as well: the backend's part, the run log's line, the schedule's file."""
 
 
 class Phase(StrEnum):
@@ -50,12 +52,22 @@ class By(StrEnum):
 
 
 @frozen
+class Relapse:
+    """Where a recovery is killed."""
+
+    step: str
+    phase: Phase
+    after_s: float
+
+
+@frozen
 class Kill:
     """One harm that a daemon comes to.
 
     Attributes:
         after_s: How long after the begin of the step, if inside it; one that is over sooner is harmed at its end.
         operator: Whether an operator pauses the guest right before. The daemon is stopped for that, and then killed.
+        relapse: Where a first `recover` is killed, if it gets there; a second one settles it all.
     """
 
     step: str
@@ -64,11 +76,13 @@ class Kill:
     by: By = By.RECOVER
     after_s: float = 0.0
     operator: bool = False
+    relapse: "Relapse | None" = None
 
     def __str__(self) -> str:
         inside = f" +{self.after_s * 1000:.1f} ms" if self.phase is Phase.IN else ""
         operator = ", paused by an operator" if self.operator else ""
-        return f"{self.how} {self.phase} {self.step}{inside}{operator} ({self.by})"
+        relapse = f" after one killed {self.relapse.phase} {self.relapse.step}" if self.relapse else ""
+        return f"{self.how} {self.phase} {self.step}{inside}{operator} ({self.by}{relapse})"
 
     @property
     def holds_lease(self) -> bool:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Iterable, Sequence
 
-from tests.kills.places import By, How, Kill, Phase
+from tests.kills.places import OF_RECOVERY, By, How, Kill, Phase, Relapse
 
 SHORTEST_S, LONGEST_S = 0.0002, 0.2
 """Of the delays inside a step; its length is not known, so they are spread over orders of magnitude."""
@@ -17,11 +17,17 @@ def a_kill(
     how: How = How.KILLED,
     by: By = By.RECOVER,
     operator: bool = False,
+    relapse: bool = False,
 ) -> Kill:
     """A kill at *step*, at a random instant if it is inside; *phase* too is random if not given."""
     phase = phase or rng.choice(list(Phase))
-    after_s = SHORTEST_S * (LONGEST_S / SHORTEST_S) ** rng.random() if phase is Phase.IN else 0.0
-    return Kill(step, phase, how, by, after_s, operator)
+    after_s = _delay_s(rng) if phase is Phase.IN else 0.0
+    again = Relapse(rng.choice(OF_RECOVERY), rng.choice(list(Phase)), _delay_s(rng)) if relapse else None
+    return Kill(step, phase, how, by, after_s, operator, again)
+
+
+def _delay_s(rng: random.Random) -> float:
+    return float(SHORTEST_S * (LONGEST_S / SHORTEST_S) ** rng.random())
 
 
 def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> list[Kill]:
@@ -38,6 +44,7 @@ def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> l
     kills = [a_kill(rng, step, by=by(number)) for number, step in enumerate(steps)]
     kills += [a_kill(rng, *place, by=by(n)) for n, place in enumerate(_where_it_hurts(steps))]
     kills += [a_kill(rng, *_before_the_freeze(steps, rng), by=by(n), operator=True) for n in range(2)]
+    kills += [a_kill(rng, *place, relapse=True) for place in (("capture", Phase.AFTER), ("publish", Phase.AFTER))]
     kills.append(a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.RECOVER))
     if guard:
         kills += [
@@ -70,7 +77,9 @@ def _before_the_freeze(steps: Sequence[str], rng: random.Random) -> tuple[str, P
 
 
 def random_kill(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> Kill:
-    """Any kill: one in three around the freeze, one in twenty hung, one in twenty with an operator's pause."""
+    """Any kill: one in three around the freeze, one in twenty hung, some with an operator's pause or a recovery
+    that is killed, too.
+    """
     by = rng.choice((By.GUARD, By.RECOVER)) if guard else By.RECOVER
     lot = rng.random()
     if lot < 0.05:
@@ -79,4 +88,4 @@ def random_kill(rng: random.Random, steps: Sequence[str], *, guard: bool = True)
     if lot < 0.1:
         hung = rng.choice((How.STOPPED, How.BLOCKED)) if by is By.GUARD else How.STOPPED
         return a_kill(rng, step, phase, how=hung, by=by)
-    return a_kill(rng, step, phase, by=by)
+    return a_kill(rng, step, phase, by=by, relapse=by is By.RECOVER and lot < 0.2)

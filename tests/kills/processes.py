@@ -51,11 +51,11 @@ class Victim:
 
 
 @asynccontextmanager
-async def victim(config: Path, trigger: Trigger, log: Path) -> AsyncIterator[Victim]:
+async def victim(config: Path, trigger: Trigger, log: Path, command: str = "run") -> AsyncIterator[Victim]:
     """A daemon on *config* that comes to harm as *trigger* says; killed at the end of the block, if it still lives."""
     with log.open("wb") as file:
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "tests.kills.victim", "run", "-c", str(config)],
+            [sys.executable, "-m", "tests.kills.victim", command, "-c", str(config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=file,

@@ -1,4 +1,5 @@
 """The real daemon, which comes to harm at one place: ``KILL_AT=... python -m tests.kills.victim run -c CONFIG``.
+Or the real `recover`.
 
 The product knows nothing of it: its seams are wrapped here, in this process alone.
 """
@@ -34,6 +35,7 @@ SEAMS = {
     "publish": "publish",
     "list_snapshots": "list",
     "delete_snapshot": "delete",
+    "settle": "settle",
 }
 """Methods of a backend, and the steps that they are; `state` is several."""
 
@@ -123,15 +125,16 @@ def wrap_records(trap: Trap) -> None:
         if isinstance(line, RunStarted):
             await trap.around("claim", lambda: append(self, line))
             trap.claimed = True
-        elif trap.claimed:
-            await trap.around("record", lambda: append(self, line))
+        else:
+            await trap.around("record" if trap.claimed else "settled", lambda: append(self, line))
             trap.recorded = True
         return None
 
     async def put_around(self: Store, schedule: Any) -> None:
-        if schedule.instance_id != GUEST or not trap.claimed:
+        if schedule.instance_id != GUEST:
             return await put(self, schedule)
-        return await trap.around("file" if trap.recorded else "keep", lambda: put(self, schedule))
+        step = ("file" if trap.recorded else "keep") if trap.claimed else "refile"
+        return await trap.around(step, lambda: put(self, schedule))
 
     RunLog.append = append_around  # type: ignore[method-assign]
     Store.put = put_around  # type: ignore[method-assign]
