@@ -6,7 +6,7 @@ from pathlib import Path
 
 import structlog
 import trio
-from attrs import define, field
+from attrs import define, evolve, field
 
 from hypemand import __version__
 from hypemand.backends import registry
@@ -16,6 +16,7 @@ from hypemand.core.errors import HypemandError, InvalidInput
 from hypemand.core.fields import format_instant
 from hypemand.engine.engine import Engine, Outside, this_machine
 from hypemand.engine.fleet import new_fleet
+from hypemand.engine.guarding import Guarding, settle_command
 from hypemand.engine.reload import watch_file
 from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
@@ -42,6 +43,7 @@ class Daemon:
     version: Signature | None
     config: Config
     engine: Engine | None = field(init=False, default=None)
+    guarding: Guarding | None = field(init=False, default=None)
     life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
     _reloading: trio.Lock = field(init=False, factory=trio.Lock)
 
@@ -57,13 +59,16 @@ class Daemon:
         _log.info("stopped")
 
     async def _hold_state(self, nursery: trio.Nursery) -> None:
-        outside = this_machine()
+        guarding = Guarding(self.config.state_dir, _settle_command(self.config), wanted=self.config.runs.guard)
+        outside = evolve(this_machine(), leases=guarding)
         try:
             lock = await take_lock(self.config.state_dir, "daemon", outside.disk)
         except OSError as error:
             raise self._unusable(error) from error
         try:
             async with trio.open_nursery() as background:
+                background.start_soon(guarding.serve)
+                self.guarding = guarding
                 self.engine = await self._started(outside, background)
                 nursery.start_soon(self._watch)
                 await self.engine.serve()
@@ -142,8 +147,14 @@ class Daemon:
         set_up_log(config.log)
         log_warnings(config)
         self.config = config
+        assert self.guarding is not None
+        self.guarding.want(config.runs.guard)
         await self.engine.apply_config(config)
         _log.info("config in force", path=str(self.config_path), schedules=len(self.engine.store.schedules))
+
+
+def _settle_command(config: Config) -> list[str]:
+    return settle_command(config.state_dir, config.log.level, config.log.format)
 
 
 def log_warnings(config: Config) -> None:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,43 @@ async def running_daemon(
         yield daemon
     finally:
         await daemon.kill()
+        with trio.CancelScope(shield=True):
+            await no_guard_of(daemon.pid)
     daemon.lines()
+
+
+def guards_of(pid: int) -> list[int]:
+    """Process ids of the guards of the daemon *pid*, which may have ended."""
+    return [int(home.name) for home in Path("/proc").glob("[0-9]*") if _guarded_by(home) == str(pid)]
+
+
+def _guarded_by(home: Path) -> str | None:
+    with suppress(OSError):
+        arguments = (home / "cmdline").read_text().split("\0")
+        if len(arguments) > 6 and arguments[3].endswith("/guard.py"):
+            return arguments[6]
+    return None
+
+
+def children_of(pid: int) -> list[int]:
+    """Process ids of the children of *pid*."""
+    found = []
+    for home in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if int((home / "stat").read_text().rpartition(") ")[2].split()[1]) == pid:
+                found.append(int(home.name))
+    return found
+
+
+async def no_guard_of(pid: int, within_s: float = 5.0) -> None:
+    """Wait until the guards of the dead daemon *pid* have ended; one that tries on is killed with what it started."""
+    with trio.move_on_after(within_s):
+        while guards_of(pid):
+            await trio.sleep(_LOOK_S)
+    for guard in guards_of(pid):
+        for process in (guard, *children_of(guard)):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
 
 RUN_NOW = """
@@ -179,6 +215,9 @@ first_run = "now"
 retention = { max_count = 3 }
 """
 """A schedule whose first run is at once, and whose second never comes by itself."""
+
+ALONE = "guard = false"
+"""For ``[runs]``: when the daemon is killed, nobody comes to settle its runs."""
 
 SLOW = 'copy_rate = "8KiB"'
 """For a backend: a capture of the lab's instance then takes 40 s, unless it is cut short."""
@@ -216,7 +255,7 @@ class Lab:
         Args:
             instances: To be made; as a mapping, with their states.
             backend: More lines for the backend's table.
-            runs: More lines for ``[runs]``.
+            runs: More lines for ``[runs]``; `ALONE` for a daemon that may be killed for good.
         """
         states = instances if isinstance(instances, Mapping) else dict.fromkeys(instances, "Running")
         tables = ", ".join(

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from hypemand import __version__
-from tests.processes import Lab, Ran, command, environment, run_cli, running_daemon
+from tests.processes import ALONE, Lab, Ran, command, environment, run_cli, running_daemon
 
 COMMANDS = {
     "run": "foreground",
@@ -467,7 +467,7 @@ async def test_an_instance_that_nobody_knows_is_an_error_with_a_hint(used: Lab, 
 
 
 async def test_a_run_under_way_is_not_called_unsettled(lab: Lab) -> None:
-    lab.write(SCHEDULES, instances=INSTANCES, backend='copy_rate = "64KiB"')
+    lab.write(SCHEDULES, instances=INSTANCES, backend='copy_rate = "64KiB"', runs=ALONE)
     async with running_daemon(lab.config) as daemon:
         await lab.in_mid_capture()
         shown = await on(lab, "status")

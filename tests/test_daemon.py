@@ -13,7 +13,7 @@ import trio
 
 from hypemand.core.cadence import jitter
 from hypemand.state.lock import StateLock
-from tests.processes import RUN_NOW, SLOW, DaemonProcess, Lab, instant, run_cli, running_daemon, wait_until
+from tests.processes import ALONE, RUN_NOW, SLOW, DaemonProcess, Lab, instant, run_cli, running_daemon, wait_until
 
 HOURLY = """
 [[schedules]]
@@ -133,7 +133,7 @@ async def test_a_second_sigterm_cuts_the_grace_short(lab: Lab) -> None:
 
 
 async def killed_in_mid_capture(lab: Lab) -> None:
-    async with running_daemon(lab.write(backend=SLOW).config) as daemon:
+    async with running_daemon(lab.write(backend=SLOW, runs=ALONE).config) as daemon:
         await lab.in_mid_capture()
         await daemon.kill()
     assert lab.guest_state() == "Paused"

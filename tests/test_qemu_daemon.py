@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from hypemand.backends import qmp
-from tests.processes import Lab, run_cli, running_daemon
+from tests.processes import ALONE, Lab, run_cli, running_daemon
 from tests.qemu_guest import Guest, run_img, running_guest
 
 pytestmark = pytest.mark.qemu
@@ -189,7 +189,8 @@ async def test_a_fallback_to_mode_internal_is_warned_about_in_log_history_and_st
 async def test_hypemand_killed_in_mid_save_is_settled_by_recover_and_the_guest_runs_all_the_time(lab: Lab) -> None:
     async with running_guest(lab.directory, memory_mb=256, filled=True) as guest:
         write_config(lab, str(guest.socket_template), ["web-1"])
-        lab.replace(lab.config.read_text().replace('type = "qemu"', 'type = "qemu"\nmode = "background"'))
+        config = lab.config.read_text().replace('type = "qemu"', 'type = "qemu"\nmode = "background"')
+        lab.replace(config.replace("[runs]", f"[runs]\n{ALONE}"))
         async with running_daemon(lab.config) as daemon, qmp.connect(guest.test_socket) as monitor:
             with trio.fail_after(30):
                 await monitor.wait_event("RESUME")

@@ -56,6 +56,7 @@ class Attempt:
         Raises:
             WithdrawnError: The schedule is not there any more.
             BackendError: Transient before ``progress.started`` is set: another attempt may be made.
+            NoGuardError: Likewise.
             StillFrozenError: The guest could not be resumed.
         """
         means = self.means
@@ -66,6 +67,8 @@ class Attempt:
             found = await self._inspect()
             ready = await self._ask("prepare", lambda: self.backend.prepare(self.instance, found.steps.kind))
             self._warn(ready.warnings, anew=True)
+            if found.steps.frozen_by(ready.freezes).pauses:
+                await means.leases.check()
             async with means.space.reserve(ready.rooms, means.limits().min_free):
                 started = await self._claim(found, ready)
                 budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
@@ -147,6 +150,7 @@ class Attempt:
             steps=Steps(started.kind, started.freezes),
             budget=budget,
             patience=self.means.patience,
+            leases=self.means.leases,
             give_up=self.means.give_up,
             record=self.progress.freeze,
         )

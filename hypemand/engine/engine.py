@@ -14,6 +14,7 @@ from hypemand.core.model import InstanceId
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
+from hypemand.engine.leases import Leases, NoLeases
 from hypemand.engine.limits import Patience
 from hypemand.engine.means import Means
 from hypemand.engine.pruning import Pruner
@@ -54,6 +55,7 @@ class Outside:
     measure: Measure
     new_id: Callable[[], str]
     boot_id: str
+    leases: Leases = field(factory=NoLeases)
     patience: Patience = field(factory=Patience)
     tempo: Tempo = field(factory=Tempo)
 
@@ -94,6 +96,7 @@ class Engine:
             recorder=self.recorder,
             fleet=fleet,
             patience=patience,
+            leases=outside.leases,
             boot_id=outside.boot_id,
         )
         self._pruner = Pruner(clock, self.watch, patience)
@@ -127,6 +130,7 @@ class Engine:
             pruner=self._pruner,
             recorder=self.recorder,
             gone=gone,
+            leases=outside.leases,
             limits=lambda: self.config.runs,
             patience=outside.patience,
             new_id=outside.new_id,

@@ -3,6 +3,9 @@
 No disk write of hypemand's own may stand between the two.
 """
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
 import structlog
 import trio
 from attrs import define, field, frozen
@@ -18,6 +21,7 @@ from hypemand.backends.base import (
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import InstanceId, InstanceState
 from hypemand.core.runstate import Steps
+from hypemand.engine.leases import Leases
 from hypemand.engine.limits import Patience, answer
 from hypemand.engine.slots import Slot
 
@@ -91,6 +95,7 @@ class Freeze:
     steps: Steps
     budget: Budget
     patience: Patience
+    leases: Leases
     give_up: trio.Event
     record: FreezeRecord = field(factory=FreezeRecord)
 
@@ -102,6 +107,7 @@ class Freeze:
 
         Raises:
             BackendError: The pause or the capture failed; the guest runs, unless somebody else paused it.
+            NoGuardError: Nothing was frozen, as nobody would thaw the guest if this process can't.
             StillFrozenError: The guest could not be resumed.
         """
         timer = trio.CancelScope()
@@ -117,16 +123,34 @@ class Freeze:
         if not self.steps.pauses:
             return await self._timed_capture(request, self.budget.capture_timeout_s)
         await self._make_ready(request)
-        await self._check_running()
-        began = trio.current_time()
+        async with self._leased(request.run_id):
+            await self._check_running()
+            began = trio.current_time()
+            try:
+                await self._pause(request)
+                return await self._timed_capture(request, self._time_left(began))
+            finally:
+                if not self.record.pause_refused:
+                    with trio.CancelScope(shield=True):
+                        await self._thaw(slot, began)
+                    self.record.freeze_s = trio.current_time() - began
+
+    @asynccontextmanager
+    async def _leased(self, run_id: str) -> AsyncIterator[None]:
+        """Hold the lease until the guest is known to run; else it is held until the run is settled."""
+        await self.leases.open(run_id, self.budget.max_freeze_s)
         try:
-            await self._pause(request)
-            return await self._timed_capture(request, self._time_left(began))
-        finally:
-            if not self.record.pause_refused:
-                with trio.CancelScope(shield=True):
-                    await self._thaw(slot, began)
-                self.record.freeze_s = trio.current_time() - began
+            yield
+        except StillFrozenError:
+            raise
+        except BaseException:
+            self._end_lease(run_id)
+            raise
+        self._end_lease(run_id)
+
+    def _end_lease(self, run_id: str) -> None:
+        if not self.record.pause_unclear:
+            self.leases.close(run_id)
 
     async def _make_ready(self, request: CaptureRequest) -> None:
         """Before the budget begins: while things are made ready, the guest runs."""

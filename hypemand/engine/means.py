@@ -10,6 +10,7 @@ from hypemand.core.model import RunStarted
 from hypemand.engine.clock import Clock
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
+from hypemand.engine.leases import Leases
 from hypemand.engine.limits import Patience
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.recorder import Recorder
@@ -40,6 +41,7 @@ class Means:
     pruner: Pruner
     recorder: Recorder
     gone: GoneWatch
+    leases: Leases
     limits: Callable[[], RunsConfig]
     patience: Patience
     new_id: Callable[[], str]

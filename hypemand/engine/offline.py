@@ -29,26 +29,30 @@ async def recover(config: Config) -> Recovered:
     """
     if not config.state_dir.exists():
         return Recovered(f"nothing to recover: there is no state in {config.state_dir}", ())
-    outside = this_machine()
     try:
-        lock = await take_lock(config.state_dir, "recover", outside.disk)
+        lock = await take_lock(config.state_dir, "recover", Disk())
     except LockHeldError as error:
         return await _leave_to(error, config)
     try:
-        async with trio.open_nursery() as background:
-            engine = Engine(config, new_fleet(config.state_dir), outside, background)
-            await engine.load()
-            result = await _settle(engine)
-            await engine.close()
+        return await settle_held(config, PATIENCE_S)
     finally:
         lock.release()
+
+
+async def settle_held(config: Config, patience_s: float) -> Recovered:
+    """Settle every open run in the state of *config*, whose lock the caller holds; keeps trying for *patience_s*."""
+    async with trio.open_nursery() as background:
+        engine = Engine(config, new_fleet(config.state_dir), this_machine(), background)
+        await engine.load()
+        result = await _settle(engine, patience_s)
+        await engine.close()
     return result
 
 
-async def _settle(engine: Engine) -> Recovered:
+async def _settle(engine: Engine, patience_s: float) -> Recovered:
     runs = len(engine.runlog.open_runs)
     errors: list[str] = []
-    with trio.move_on_after(PATIENCE_S):
+    with trio.move_on_after(patience_s):
         while True:
             errors = await engine.recovery.settle_all()
             if not errors:

@@ -11,6 +11,7 @@ from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Freezer, Outcome, RunFinished, RunStarted
 from hypemand.engine.clock import Clock
 from hypemand.engine.fleet import Fleet
+from hypemand.engine.leases import Leases
 from hypemand.engine.limits import Patience, answer
 from hypemand.engine.recorder import Recorder
 from hypemand.state.runlog import RunLog
@@ -49,6 +50,7 @@ class Recovery:
     recorder: Recorder
     fleet: Fleet
     patience: Patience
+    leases: Leases
     boot_id: str
     left_open: dict[str, LeftOpen] = field(factory=dict)
     settling: set[str] = field(factory=set)
@@ -81,6 +83,7 @@ class Recovery:
             with trio.CancelScope(shield=True):
                 await self.recorder.finished(self._interrupted(run, settled), run.trigger)
             self.left_open.pop(run.run_id, None)
+            self.leases.close(run.run_id)
         except (BackendError, InvalidInput, OSError) as error:
             self._log_open(run, str(error))
             left.append(f"{run.instance_id}: run {run.run_id} of {run.started_at:%Y-%m-%d %H:%M:%S} UTC: {error}")

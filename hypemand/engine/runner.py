@@ -12,6 +12,7 @@ from hypemand.core.errors import HypemandError
 from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule, Trigger
 from hypemand.engine.capture import Attempt, WithdrawnError
 from hypemand.engine.freeze import StillFrozenError
+from hypemand.engine.leases import NoGuardError
 from hypemand.engine.limits import answer
 from hypemand.engine.means import Means
 from hypemand.engine.progress import Progress
@@ -110,7 +111,7 @@ class Runner:
         for wait_s in RETRY_WAITS_S:
             try:
                 return await self._attempt(backend, schedule, progress)
-            except BackendUnavailable as error:
+            except (BackendUnavailable, NoGuardError) as error:
                 if progress.started is not None or trio.current_time() + wait_s > too_late:
                     raise
                 _log.warning(
@@ -186,4 +187,5 @@ class Runner:
     async def _record(self, schedule: Schedule, progress: Progress) -> RunFinished:
         finished = progress.finished(schedule.instance_id, self._means.clock.now())
         await self._means.recorder.finished(finished, progress.trigger)
+        self._means.leases.close(progress.run_id)
         return finished

@@ -1,0 +1,254 @@
+"""The daemon's end of the guard: starts it, starts another when it dies, and keeps freeze leases with it."""
+
+import os
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+import trio
+from attrs import define, field, frozen
+
+from hypemand.engine import guard
+from hypemand.engine.leases import NoGuardError
+
+START_S = 10.0
+"""How long a guard may take to say hello."""
+ACKNOWLEDGE_S = 10.0
+GOODBYE_S = 2.0
+AGAIN_S = 1.0
+OWNER = "HYPEMAND_OWNER"
+"""In the environment of the daemon's children that must not outlive it: the guard kills them with it."""
+_log = structlog.get_logger()
+
+
+@define
+class _Lease:
+    deadline: float
+    acknowledged: trio.Event = field(factory=trio.Event)
+
+
+@frozen(eq=False)
+class _Link:
+    """A guard process and the pipes to it."""
+
+    process: trio.Process
+    inbox: trio.lowlevel.FdStream
+    outbox: int
+
+    def tell(self, line: str) -> None:
+        """Send a line. Never waits: a guard that does not read is killed, and replaced."""
+        try:
+            os.write(self.outbox, f"{line}\n".encode())
+        except BrokenPipeError:
+            pass  # it has died, which is noticed elsewhere
+        except BlockingIOError:
+            self.process.kill()
+
+
+@define(eq=False)
+class Guarding:
+    """Follows `Leases` with a guard process. Leases work while `serve` runs.
+
+    Attributes:
+        wanted: Whether there is to be a guard; without one, leases are had for nothing.
+        settle_command: What the guard has settle open runs, with absolute paths.
+    """
+
+    state_dir: Path
+    settle_command: Sequence[str]
+    wanted: bool = True
+    _leases: dict[str, _Lease] = field(init=False, factory=dict)
+    _link: _Link | None = field(init=False, default=None)
+    _ready: trio.Event = field(init=False, factory=trio.Event)
+    _changed: trio.Event = field(init=False, factory=trio.Event)
+    _trouble: str = field(init=False, default="it has not started")
+
+    @property
+    def pid(self) -> int | None:
+        """The guard's process id, while there is one that answers."""
+        return self._link.process.pid if self._link is not None and self._ready.is_set() else None
+
+    def want(self, wanted: bool) -> None:  # noqa: FBT001 - its one argument
+        """Have a guard, or none; one that goes is waited for by the leases that it has."""
+        self.wanted = wanted
+        self._changed.set()
+
+    async def check(self) -> None:
+        """See `Leases.check`: waits for one that starts."""
+        if self.wanted and not await _comes(self._ready):
+            raise self._missing()
+
+    async def open(self, run_id: str, within_s: float) -> None:
+        """See `Leases.open`."""
+        if not self.wanted:
+            return
+        lease = self._leases[run_id] = _Lease(time.monotonic() + within_s)
+        try:
+            self._tell_of(run_id, lease)
+            await self._acknowledged(lease)
+        except BaseException:
+            self.close(run_id)
+            raise
+
+    async def _acknowledged(self, lease: _Lease) -> None:
+        if await _comes(lease.acknowledged):
+            return
+        if self._link is not None:
+            self._link.process.kill()  # it does not answer; the next one may
+        raise self._missing()
+
+    def _missing(self) -> NoGuardError:
+        return NoGuardError(
+            f"nothing is frozen without a guard, and there is none that answers: {self._trouble}; see the log"
+            " (runs.guard = false does without)"
+        )
+
+    def close(self, run_id: str) -> None:
+        """See `Leases.close`."""
+        if self._leases.pop(run_id, None) is not None and self._link is not None:
+            self._link.tell(f"thawed {run_id}")
+        self._changed.set()
+
+    def _tell_of(self, run_id: str, lease: _Lease) -> None:
+        if self._link is not None:
+            self._link.tell(f"freeze {run_id} {lease.deadline:.6f}")
+
+    async def serve(self) -> None:
+        """Keep a guard alive while one is wanted. Cancelled, it is dismissed, unless a lease is still open."""
+        os.environ[OWNER] = token = f"{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            while True:
+                while not self.wanted:
+                    await self._next_change()
+                await self._serve_one(token)
+        finally:
+            os.environ.pop(OWNER, None)
+
+    async def _serve_one(self, token: str) -> None:
+        """One guard, from its start to its end."""
+        began = time.monotonic()
+        try:
+            link = await self._start(token)
+        except OSError as error:
+            self._trouble = f"it can't be started: {error}"
+        else:
+            await self._keep(link)
+        if self.wanted:
+            _log.error("the guard is gone; another one is started", why=self._trouble, leases=len(self._leases))
+            await trio.sleep(max(0.0, began + AGAIN_S - time.monotonic()))
+
+    async def _keep(self, link: _Link) -> None:
+        """Listen to the guard until it is gone, or not wanted any more."""
+        self._link = link
+        try:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._dismiss_unwanted, link, nursery.cancel_scope)
+                await self._listen(link)
+                link.process.kill()
+                nursery.cancel_scope.cancel()
+        finally:
+            self._link = None
+            if self._ready.is_set():
+                self._ready = trio.Event()
+            with trio.CancelScope(shield=True):
+                await self._part_from(link)
+
+    async def _part_from(self, link: _Link) -> None:
+        """A guard that lives acts when its pipe closes without a goodbye: right where a guest may be frozen."""
+        stays = bool(self._leases) and link.process.poll() is None
+        if not stays:
+            link.tell("goodbye")
+        os.close(link.outbox)
+        await link.inbox.aclose()
+        if stays:
+            return
+        with trio.move_on_after(GOODBYE_S):
+            await link.process.wait()
+            return
+        link.process.kill()
+        await link.process.wait()
+
+    async def _start(self, token: str) -> _Link:
+        theirs_in, ours_out = os.pipe()
+        ours_in, theirs_out = os.pipe()
+        try:
+            os.set_blocking(ours_out, False)
+            process = await trio.lowlevel.open_process(
+                [
+                    *(sys.executable, "-I", "-S", guard.__file__),
+                    *(str(theirs_in), str(theirs_out), str(os.getpid()), token, str(self.state_dir.absolute())),
+                    *self.settle_command,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+                pass_fds=(theirs_in, theirs_out),
+                env=_without_owner(os.environ),
+            )
+        except BaseException:
+            os.close(ours_in)
+            os.close(ours_out)
+            raise
+        finally:
+            os.close(theirs_in)
+            os.close(theirs_out)
+        return _Link(process, trio.lowlevel.FdStream(ours_in), ours_out)
+
+    async def _listen(self, link: _Link) -> None:
+        """Do what the guard says, until it ends or does not say hello."""
+        starting = trio.CancelScope(deadline=trio.current_time() + START_S)
+        self._trouble = f"it did not start within {START_S:g} s"
+        with starting:
+            rest = b""
+            async for data in link.inbox:
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    starting.deadline = float("inf")
+                    self._obey(link, *line.decode().split())
+            self._trouble = "it has ended"
+        if starting.cancelled_caught:
+            link.process.kill()
+
+    def _obey(self, link: _Link, word: str, run_id: str = "") -> None:
+        if word == "hello":
+            self._trouble = "it has not answered"
+            for run, lease in self._leases.items():
+                self._tell_of(run, lease)
+            self._ready.set()
+            _log.debug("guard in place", pid=link.process.pid)
+        elif word == "ping":
+            link.tell("pong")
+        elif word == "ack" and run_id in self._leases:
+            self._leases[run_id].acknowledged.set()
+
+    async def _dismiss_unwanted(self, link: _Link, listening: trio.CancelScope) -> None:
+        while self.wanted or self._leases:
+            await self._next_change()
+        _log.info("the guard is switched off", pid=link.process.pid)
+        listening.cancel()
+
+    async def _next_change(self) -> None:
+        self._changed = trio.Event()
+        await self._changed.wait()
+
+
+async def _comes(event: trio.Event) -> bool:
+    with trio.move_on_after(ACKNOWLEDGE_S):
+        await event.wait()
+    return event.is_set()
+
+
+def _without_owner(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name != OWNER}
+
+
+def settle_command(state_dir: Path, log_level: str, log_format: str) -> list[str]:
+    """The command that settles all open runs in *state_dir*, in a fresh process of this same hypemand."""
+    package = Path(__file__).parents[1]
+    bootstrap = f"import sys; sys.path.insert(0, {str(package.parent)!r}); from hypemand.settle import main; main()"
+    options = ["--log-level", log_level, "--log-format", log_format]
+    return [sys.executable, "-P", "-c", bootstrap, str(state_dir.absolute()), *options]
