@@ -48,7 +48,14 @@ class By(StrEnum):
 
     GUARD = "guard"
     RECOVER = "recover"
+    BOTH = "guard and recover"
+    RESTART = "guard and daemon"
     NOBODY = "nobody"
+
+    @property
+    def has_guard(self) -> bool:
+        """Whether the daemon has a guard; in two of these ways others are at once there as well."""
+        return self in (By.GUARD, By.BOTH, By.RESTART)
 
 
 @frozen

@@ -48,6 +48,11 @@ def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> l
     kills.append(a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.RECOVER))
     if guard:
         kills += [
+            a_kill(rng, *place, by=by)
+            for by in (By.BOTH, By.RESTART)
+            for place in (("capture", Phase.IN), (rng.choice(steps), None))
+        ]
+        kills += [
             a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.GUARD),
             a_kill(rng, "capture", Phase.IN, how=How.BLOCKED, by=By.GUARD),
             a_kill(rng, rng.choice(("prepare", "list", "record")), how=How.STOPPED, by=By.GUARD),
@@ -57,7 +62,7 @@ def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> l
 
 
 def _where_it_hurts(steps: Sequence[str]) -> Iterable[tuple[str, Phase]]:
-    """Around the freeze: where the guest stands still, or what there is of the snapshot is partial."""
+    """Around the freeze: where the guest stands still, or what there is of a snapshot is partial."""
     places = [
         ("pause", Phase.IN),
         ("pause", Phase.AFTER),
@@ -66,6 +71,7 @@ def _where_it_hurts(steps: Sequence[str]) -> Iterable[tuple[str, Phase]]:
         ("resume", Phase.IN),
         ("complete", Phase.IN),
         ("publish", Phase.IN),
+        ("delete", Phase.IN),
     ]
     return [(step, phase) for step, phase in places if step in steps]
 
@@ -80,12 +86,14 @@ def random_kill(rng: random.Random, steps: Sequence[str], *, guard: bool = True)
     """Any kill: one in three around the freeze, one in twenty hung, some with an operator's pause or a recovery
     that is killed, too.
     """
-    by = rng.choice((By.GUARD, By.RECOVER)) if guard else By.RECOVER
+    by = rng.choice((By.GUARD, By.GUARD, By.BOTH, By.RESTART, By.RECOVER, By.RECOVER)) if guard else By.RECOVER
     lot = rng.random()
     if lot < 0.05:
+        by = By.GUARD if by is By.RESTART else by
         return a_kill(rng, *_before_the_freeze(steps, rng), by=by, operator=True)
     step, phase = rng.choice(list(_where_it_hurts(steps))) if rng.random() < 1 / 3 else (rng.choice(steps), None)
     if lot < 0.1:
-        hung = rng.choice((How.STOPPED, How.BLOCKED)) if by is By.GUARD else How.STOPPED
-        return a_kill(rng, step, phase, how=hung, by=by)
+        if by is By.RECOVER:
+            return a_kill(rng, step, phase, how=How.STOPPED)
+        return a_kill(rng, step, phase, how=rng.choice((How.STOPPED, How.BLOCKED)), by=By.GUARD)
     return a_kill(rng, step, phase, by=by, relapse=by is By.RECOVER and lot < 0.2)

@@ -8,7 +8,7 @@ from typing import Any
 from tests.kills import checks
 from tests.kills.campaign import Campaign
 from tests.kills.harness import Outcome
-from tests.kills.places import STEPS, By, How
+from tests.kills.places import STEPS, How
 
 
 def summary(campaign: Campaign) -> str:
@@ -30,7 +30,7 @@ def _times(outcomes: Iterable[Outcome]) -> Iterable[str]:
     for ground in sorted({o.ground for o in outcomes}):
         here = [o for o in outcomes if o.ground == ground]
         for how in How:
-            times = [o.thawed_s for o in here if o.thawed_s is not None and o.kill.how is how and o.kill.by is By.GUARD]
+            times = [o.thawed_s for o in here if o.thawed_s is not None and o.kill.how is how and o.kill.by.has_guard]
             if times:
                 yield f"{ground}, {how}, guard: guest runs after {median(times):.2f} s, at most {max(times):.2f} s"
         if freezes := [o.freeze_s for o in here if o.freeze_s is not None]:
@@ -57,7 +57,7 @@ def figures(campaign: Campaign) -> dict[str, Any]:
 
 
 def _of_ground(outcomes: list[Outcome]) -> dict[str, Any]:
-    guarded = [o for o in outcomes if o.kill.by is By.GUARD and o.thawed_s is not None]
+    guarded = [o for o in outcomes if o.kill.by.has_guard and o.thawed_s is not None]
     return {
         "kills": len(outcomes),
         "survived": sum(not outcome.findings for outcome in outcomes),
@@ -76,6 +76,6 @@ def _longest_freeze(outcomes: list[Outcome]) -> list[dict[str, float]]:
     """The longest freeze with a guard, by the budget that it had."""
     longest: dict[float, float] = {}
     for o in outcomes:
-        if o.kill.by is By.GUARD and o.freeze_s is not None:
+        if o.kill.by.has_guard and o.freeze_s is not None:
             longest[o.budget_s] = max(longest.get(o.budget_s, 0), o.freeze_s)
     return [{"budget_s": budget_s, "longest_freeze_s": freeze_s} for budget_s, freeze_s in sorted(longest.items())]
