@@ -29,6 +29,7 @@ from hypemand.core.model import (
     Snapshot,
     SnapshotKind,
 )
+from hypemand.engine.leases import NoGuardError
 from hypemand.engine.space import Filesystem
 
 START = datetime(2026, 3, 9, 1, 0, tzinfo=UTC)
@@ -348,6 +349,36 @@ def seeded_snapshot(instance: str, number: int, created_at: datetime, tags: Mapp
         size_bytes=100,
         tags=tags,
     )
+
+
+@define
+class FakeLeases:
+    """A guard that notes what it is told. *missing*: there is none.
+
+    Attributes:
+        held: Open leases, with the time by trio's clock at which their budgets end.
+        told: Everything, in order.
+    """
+
+    missing: bool = False
+    acknowledge_s: float = 0.0
+    held: dict[str, float] = field(factory=dict)
+    told: list[tuple[float, str, str]] = field(factory=list)
+
+    async def check(self) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.missing:
+            raise NoGuardError("there is no guard")
+
+    async def open(self, run_id: str, within_s: float) -> None:
+        await self.check()
+        await trio.sleep(self.acknowledge_s)
+        self.held[run_id] = trio.current_time() + within_s
+        self.told.append((trio.current_time(), "open", run_id))
+
+    def close(self, run_id: str) -> None:
+        if self.held.pop(run_id, None) is not None:
+            self.told.append((trio.current_time(), "close", run_id))
 
 
 @define

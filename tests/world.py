@@ -19,7 +19,7 @@ from hypemand.engine.limits import Patience
 from hypemand.state.files import Disk
 from hypemand.state.runlog import read_log
 from tests.disks import UnsyncedDisk
-from tests.fakes import FakeBackend, FakeClock, FakeRoom
+from tests.fakes import FakeBackend, FakeClock, FakeLeases, FakeRoom
 
 BOOT_ID = "this-boot"
 
@@ -38,6 +38,7 @@ class World:
     state_dir: Path
     clock: FakeClock
     room: FakeRoom
+    leases: FakeLeases
     disk: Disk
     backends: dict[str, FakeBackend]
     config: Config
@@ -83,6 +84,7 @@ async def world(
     backends: Iterable[FakeBackend] | None = None,
     clock: FakeClock | None = None,
     disk: Disk | None = None,
+    leases: FakeLeases | None = None,
     before_start: Callable[[World], None] | None = None,
     serve: bool = True,
     **runs: Any,
@@ -99,9 +101,10 @@ async def world(
     config = config_of(tmp_path, entries, fakes, **runs)
     room = FakeRoom()
     disk = disk or UnsyncedDisk()
+    leases = leases or FakeLeases()
     async with trio.open_nursery() as background:
-        engine = Engine(config, _fleet(fakes), _outside(clock, disk, room), background)
-        made = World(tmp_path, clock, room, disk, fakes, config, engine)
+        engine = Engine(config, _fleet(fakes), _outside(clock, disk, room, leases), background)
+        made = World(tmp_path, clock, room, leases, disk, fakes, config, engine)
         await engine.load()
         if before_start is not None:
             before_start(made)
@@ -124,7 +127,7 @@ def _fleet(fakes: Mapping[str, FakeBackend]) -> Fleet:
     return Fleet(build, connect)
 
 
-def _outside(clock: FakeClock, disk: Disk, room: FakeRoom) -> Outside:
+def _outside(clock: FakeClock, disk: Disk, room: FakeRoom, leases: FakeLeases) -> Outside:
     ids = (f"r{number:06d}" for number in itertools.count(1))
     return Outside(
         clock=clock,
@@ -132,6 +135,7 @@ def _outside(clock: FakeClock, disk: Disk, room: FakeRoom) -> Outside:
         measure=room.measure,
         new_id=lambda: next(ids),
         boot_id=BOOT_ID,
+        leases=leases,
         patience=Patience(),
         tempo=Tempo(),
     )

@@ -1,8 +1,9 @@
 """The daemon's end of the guard: starts it, starts another when it dies, and keeps freeze leases with it."""
 
+import fcntl
 import os
 import secrets
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ START_S = 10.0
 ACKNOWLEDGE_S = 10.0
 GOODBYE_S = 2.0
 AGAIN_S = 1.0
+_INBOX, _OUTBOX = 3, 4
+"""What the guard's ends of the pipes are numbered there."""
 OWNER = "HYPEMAND_OWNER"
 """In the environment of the daemon's children that must not outlive it: the guard kills them with it."""
 _log = structlog.get_logger()
@@ -33,9 +36,10 @@ class _Lease:
 
 @frozen(eq=False)
 class _Link:
-    """A guard process and the pipes to it."""
+    """A guard process and the pipes to it. Not a `trio.Process`: that one minds being left behind."""
 
-    process: trio.Process
+    pid: int
+    pidfd: int
     inbox: trio.lowlevel.FdStream
     outbox: int
 
@@ -46,7 +50,21 @@ class _Link:
         except BrokenPipeError:
             pass  # it has died, which is noticed elsewhere
         except BlockingIOError:
-            self.process.kill()
+            self.kill()
+
+    def kill(self) -> None:
+        """End it. Its process id stays its own until `ended`."""
+        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+
+    async def ended(self) -> None:
+        """Wait until it has ended, and it is no more."""
+        await trio.lowlevel.wait_readable(self.pidfd)
+        os.waitpid(self.pid, 0)  # noqa: ASYNC222 - it has ended
+
+    async def close(self) -> None:
+        """Close the pipes: one that lives acts on that."""
+        os.close(self.outbox)
+        await self.inbox.aclose()
 
 
 @define(eq=False)
@@ -70,7 +88,7 @@ class Guarding:
     @property
     def pid(self) -> int | None:
         """The guard's process id, while there is one that answers."""
-        return self._link.process.pid if self._link is not None and self._ready.is_set() else None
+        return self._link.pid if self._link is not None and self._ready.is_set() else None
 
     def want(self, wanted: bool) -> None:  # noqa: FBT001 - its one argument
         """Have a guard, or none; one that goes is waited for by the leases that it has."""
@@ -98,7 +116,7 @@ class Guarding:
         if await _comes(lease.acknowledged):
             return
         if self._link is not None:
-            self._link.process.kill()  # it does not answer; the next one may
+            self._link.kill()  # it does not answer; the next one may
         raise self._missing()
 
     def _missing(self) -> NoGuardError:
@@ -132,7 +150,7 @@ class Guarding:
         """One guard, from its start to its end."""
         began = time.monotonic()
         try:
-            link = await self._start(token)
+            link = self._start(token)
         except OSError as error:
             self._trouble = f"it can't be started: {error}"
         else:
@@ -144,50 +162,47 @@ class Guarding:
     async def _keep(self, link: _Link) -> None:
         """Listen to the guard until it is gone, or not wanted any more."""
         self._link = link
+        gone = False
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._dismiss_unwanted, link, nursery.cancel_scope)
                 await self._listen(link)
-                link.process.kill()
+                gone = True
                 nursery.cancel_scope.cancel()
         finally:
             self._link = None
             if self._ready.is_set():
                 self._ready = trio.Event()
             with trio.CancelScope(shield=True):
-                await self._part_from(link)
+                await (self._part_from(link) if not gone else self._bury(link))
 
     async def _part_from(self, link: _Link) -> None:
-        """A guard that lives acts when its pipe closes without a goodbye: right where a guest may be frozen."""
-        stays = bool(self._leases) and link.process.poll() is None
-        if not stays:
-            link.tell("goodbye")
-        os.close(link.outbox)
-        await link.inbox.aclose()
-        if stays:
+        """Without a goodbye it acts when its pipe is closed: right while a guest may be frozen."""
+        if self._leases:
+            await link.close()
+            os.close(link.pidfd)
             return
+        link.tell("goodbye")
         with trio.move_on_after(GOODBYE_S):
-            await link.process.wait()
-            return
-        link.process.kill()
-        await link.process.wait()
+            await trio.lowlevel.wait_readable(link.pidfd)
+        await self._bury(link)
 
-    async def _start(self, token: str) -> _Link:
+    @staticmethod
+    async def _bury(link: _Link) -> None:
+        link.kill()
+        await link.ended()
+        await link.close()
+        os.close(link.pidfd)
+
+    def _start(self, token: str) -> _Link:
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
+        os.set_blocking(ours_out, False)
         try:
-            os.set_blocking(ours_out, False)
-            process = await trio.lowlevel.open_process(
-                [
-                    *(sys.executable, "-I", "-S", guard.__file__),
-                    *(str(theirs_in), str(theirs_out), str(os.getpid()), token, str(self.state_dir.absolute())),
-                    *self.settle_command,
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-                pass_fds=(theirs_in, theirs_out),
-                env=_without_owner(os.environ),
+            arguments = [str(_INBOX), str(_OUTBOX), str(os.getpid()), token, str(self.state_dir.absolute())]
+            pid = _spawn(
+                [sys.executable, "-I", "-S", guard.__file__, *arguments, *self.settle_command],
+                {_INBOX: theirs_in, _OUTBOX: theirs_out},
             )
         except BaseException:
             os.close(ours_in)
@@ -196,7 +211,7 @@ class Guarding:
         finally:
             os.close(theirs_in)
             os.close(theirs_out)
-        return _Link(process, trio.lowlevel.FdStream(ours_in), ours_out)
+        return _Link(pid, os.pidfd_open(pid), trio.lowlevel.FdStream(ours_in), ours_out)
 
     async def _listen(self, link: _Link) -> None:
         """Do what the guard says, until it ends or does not say hello."""
@@ -211,7 +226,7 @@ class Guarding:
                     self._obey(link, *line.decode().split())
             self._trouble = "it has ended"
         if starting.cancelled_caught:
-            link.process.kill()
+            link.kill()
 
     def _obey(self, link: _Link, word: str, run_id: str = "") -> None:
         if word == "hello":
@@ -219,7 +234,7 @@ class Guarding:
             for run, lease in self._leases.items():
                 self._tell_of(run, lease)
             self._ready.set()
-            _log.debug("guard in place", pid=link.process.pid)
+            _log.debug("guard in place", pid=link.pid)
         elif word == "ping":
             link.tell("pong")
         elif word == "ack" and run_id in self._leases:
@@ -228,7 +243,7 @@ class Guarding:
     async def _dismiss_unwanted(self, link: _Link, listening: trio.CancelScope) -> None:
         while self.wanted or self._leases:
             await self._next_change()
-        _log.info("the guard is switched off", pid=link.process.pid)
+        _log.info("the guard is switched off", pid=link.pid)
         listening.cancel()
 
     async def _next_change(self) -> None:
@@ -242,8 +257,25 @@ async def _comes(event: trio.Event) -> bool:
     return event.is_set()
 
 
-def _without_owner(environment: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name != OWNER}
+def _spawn(command: list[str], descriptors: Mapping[int, int]) -> int:
+    """Start *command* in a session of its own with *descriptors* (there: here) and our stderr; its process id."""
+    # Away from the low numbers first: one must not be overwritten before it is copied itself.
+    high = {there: fcntl.fcntl(here, fcntl.F_DUPFD_CLOEXEC, 64) for there, here in descriptors.items()}
+    try:
+        return os.posix_spawn(
+            command[0],
+            command,
+            {name: value for name, value in os.environ.items() if name != OWNER},
+            file_actions=[
+                (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
+                (os.POSIX_SPAWN_DUP2, 0, 1),
+                *((os.POSIX_SPAWN_DUP2, here, there) for there, here in high.items()),
+            ],
+            setsid=True,
+        )
+    finally:
+        for descriptor in high.values():
+            os.close(descriptor)
 
 
 def settle_command(state_dir: Path, log_level: str, log_format: str) -> list[str]:
