@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from hypemand.backends.base import BackendUnavailable
 from hypemand.core.fields import check_instant
 from hypemand.state.lock import StateLock
 from tests.kills import checks, grounds, harness
@@ -19,6 +20,7 @@ from tests.kills.campaign import Campaign, Failure
 from tests.kills.grounds import EmbeddedGround
 from tests.kills.harness import Harness, Outcome
 from tests.kills.places import GUEST, OF_THE_ENGINE, OPERATORS, STEPS, By, How, Kill, Phase
+from tests.kills.plan import matrix
 from tests.kills.report import figures, summary
 from tests.processes import Lab, Ran, instant
 
@@ -181,6 +183,32 @@ async def test_a_lock_that_is_not_given_back_is_found(settled: tuple[Lab, dateti
     found = await checks.findings(EmbeddedGround("embedded", lab), settled[1])
     lock.release()
     assert kinds(found) == {checks.HELD}
+
+
+async def test_a_guest_that_cannot_be_looked_at_ends_no_campaign(
+    site: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def gone(*args: object) -> str:
+        raise BackendUnavailable("its QEMU has ended")
+
+    monkeypatch.setattr(EmbeddedGround, "state", gone)
+    campaign = Campaign(7, tmp_path, lambda line: None)
+    left = [Kill("publish", Phase.AFTER), Kill("record", Phase.AFTER)]
+    await campaign.use(site, left)
+    (failure,) = campaign.failures
+    assert "its QEMU has ended" in str(failure)
+    assert '"capture begins"' in str(failure)
+    assert left == [Kill("record", Phase.AFTER)]  # for another ground
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_seed_no_step_and_no_way_to_settle_is_left_out(seed: int) -> None:
+    kills = matrix(random.Random(seed), STEPS)
+    assert {kill.step for kill in kills} == set(STEPS)
+    assert {kill.by for kill in kills} == set(By) - {By.NOBODY}
+    assert {kill.how for kill in kills} == set(How)
+    assert sum(kill.operator for kill in kills) == 2
+    assert {kill.by for kill in matrix(random.Random(seed), STEPS, guard=False)} == {By.RECOVER}
 
 
 def test_the_figures_count_what_was_found(tmp_path: Path) -> None:

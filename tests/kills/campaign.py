@@ -5,11 +5,13 @@ import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import pytest
 import trio
 from attrs import define, field, frozen
 
+from hypemand.backends.base import BackendError
 from tests.kills import grounds
-from tests.kills.checks import Finding
+from tests.kills.checks import FAILED, Finding
 from tests.kills.harness import Harness, Outcome
 from tests.kills.places import Kill
 from tests.kills.plan import matrix, random_kill
@@ -75,15 +77,14 @@ class Campaign:
                     if kills is not None:
                         left += [random_kill(rng, ground.steps, guard=self.guard) for _ in range(len(left), kills)]
                         del left[kills:]
-                await self._use(Harness(ground, rng), left)
+                await self.use(await _set_up(ground, rng), left)
 
-    async def _use(self, harness: Harness, left: list[Kill]) -> None:
+    async def use(self, harness: Harness, left: list[Kill]) -> None:
         """Kill on one ground until nothing is *left* to do, or something was not as promised."""
-        await harness.set_up()
         while left:
             kill = left.pop(0)
             async with self._slots:  # more at once would only measure each other
-                outcome = await harness.kill(kill)
+                outcome = await _done(harness, kill)
             self.outcomes.append(outcome)
             self.tell(f"{len(self.outcomes):5} {outcome.ground:16} {kill}{_remark(outcome)}")
             if outcome.findings:
@@ -101,6 +102,20 @@ class Campaign:
         log = "\n".join(f"    {line}" for line in last.read_text(errors="replace").splitlines()[-LOG_LINES:])
         self.failures.append(Failure(harness.ground.name, what, findings, directory, log))
         self.tell(str(self.failures[-1]))
+
+
+async def _set_up(ground: grounds.Ground, rng: random.Random) -> Harness:
+    harness = Harness(ground, rng)
+    await harness.set_up()
+    return harness
+
+
+async def _done(harness: Harness, kill: Kill) -> Outcome:
+    """The kill, also where looking itself fails: a guest's QEMU may be gone."""
+    try:
+        return await harness.kill(kill)
+    except (AssertionError, BackendError, OSError, pytest.fail.Exception) as error:
+        return Outcome(kill, harness.ground.name, (Finding(FAILED, f"{type(error).__name__}: {error}"),))
 
 
 def _remark(outcome: Outcome) -> str:

@@ -97,7 +97,7 @@ class Harness:
         max_freeze_s = MAX_FREEZE[kill.how]
         self.ground.write_config(guard=kill.by.has_guard, max_freeze=f"{max_freeze_s:g}s")
         due_at = self._make_due()
-        blocks_s = max_freeze_s + 20 if kill.holds_lease else HANG_S
+        blocks_s = max_freeze_s + 20 if self._holds_lease(kill) else HANG_S
         how = How.STOPPED if kill.operator else kill.how
         note = directory / f"note-{self.count}.json"
         trigger = Trigger(kill.step, kill.phase, how, kill.after_s, blocks_s, note)
@@ -115,6 +115,9 @@ class Harness:
         if kill.operator:
             await self.ground.resume_as_operator()
         return self._outcome(kill, found, told.late, after.thawed_s, run["freeze_s"] if run else None)
+
+    def _holds_lease(self, kill: Kill) -> bool:
+        return kill.holds_lease and self.ground.engine_freezes
 
     def _outcome(
         self,
