@@ -53,7 +53,7 @@ def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> l
             for place in (("capture", Phase.IN), (rng.choice(steps), None))
         ]
         kills += [
-            a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.GUARD),
+            a_kill(rng, *_where_it_freezes(steps), how=How.STOPPED, by=By.GUARD),
             a_kill(rng, "capture", Phase.IN, how=How.BLOCKED, by=By.GUARD),
             a_kill(rng, rng.choice(("prepare", "list", "record")), how=How.STOPPED, by=By.GUARD),
         ]
@@ -74,6 +74,11 @@ def _where_it_hurts(steps: Sequence[str]) -> Iterable[tuple[str, Phase]]:
         ("delete", Phase.IN),
     ]
     return [(step, phase) for step, phase in places if step in steps]
+
+
+def _where_it_freezes(steps: Sequence[str]) -> tuple[str, Phase]:
+    """Where the guest stands still until somebody resumes it. Later QEMU may do that by itself."""
+    return ("pause", Phase.AFTER) if "pause" in steps else ("capture", Phase.IN)
 
 
 def _before_the_freeze(steps: Sequence[str], rng: random.Random) -> tuple[str, Phase]:
