@@ -29,9 +29,9 @@ from hypemand.backends.base import (
 from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.qemu import images, settling
 from hypemand.backends.qemu.capturing import Capturing
+from hypemand.backends.qemu.deleting import Deleting
 from hypemand.backends.qemu.disks import Disk, read_disks
-from hypemand.backends.qemu.jobs import delete
-from hypemand.backends.qemu.manifest import MEMORY, files_of, is_listed, shares
+from hypemand.backends.qemu.manifest import MEMORY, files_of, is_listed
 from hypemand.backends.qemu.monitors import Monitors
 from hypemand.backends.qemu.preparing import prepare_running, prepare_stopped
 from hypemand.backends.qemu.settings import BACKGROUND, QemuSettings
@@ -68,6 +68,10 @@ class QemuBackend:
     _found_frozen: set[str] = Factory(set)
     _capturing: Capturing = field(
         init=False, default=Factory(lambda self: Capturing(self.catalog, self.monitors), takes_self=True)
+    )
+    _deleting: Deleting = field(
+        init=False,
+        default=Factory(lambda self: Deleting(self.catalog, self.monitors, self._stopped_disks), takes_self=True),
     )
 
     @property
@@ -171,7 +175,11 @@ class QemuBackend:
         except MonitorAbsent as absent:
             disks = await self._stopped_disks(instance, absent, manifests)
         for manifest in manifests:
-            if manifest.files and not is_listed(disks, manifest):
+            if (
+                manifest.files
+                and not is_listed(disks, manifest)
+                and not await in_thread(self._deleting.is_marked, manifest)
+            ):
                 _log.warning(
                     "a snapshot is gone from its disk; its memory is left in the catalog, delete it by hand",
                     instance_id=instance,
@@ -195,22 +203,8 @@ class QemuBackend:
         manifest = await in_thread(self.catalog.find, snapshot.instance_id, snapshot.id)
         if manifest is None:
             return
-        try:
-            async with self.monitors.use(snapshot.instance_id) as monitor:
-                disks: Sequence[Disk] = await read_disks(monitor)
-                if ours := shares(disks, manifest):
-                    # The first disk, by which it is listed, comes last: what is half deleted is tried again.
-                    await delete(monitor, f"hypemand-delete-{manifest.id}", manifest.name, ours[::-1])
-        except MonitorAbsent as absent:
-            disks = await self._stopped_disks(snapshot.instance_id, absent, [manifest])
-            ours = shares(disks, manifest)
-            for disk in ours[::-1]:
-                await images.delete(disk, manifest.name)
-        if away := sorted(set(files_of(manifest)) - {disk.file for disk in disks}):
-            _log.warning("a deleted snapshot may be left in disks that are not attached", tag=manifest.name, disks=away)
-        if others := [disk.device for disk in disks if disk.find(manifest.name) and disk not in ours]:
-            _log.warning("another snapshot has the name of a deleted one; left alone", tag=manifest.name, disks=others)
-        await in_thread(self.catalog.delete, snapshot.instance_id, snapshot.id)
+        await self._deleting.finish(snapshot.instance_id)
+        await self._deleting.delete(manifest)
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:  # noqa: ARG002 - a mark in QEMU tells whose pause it is
         """Thaw the guest if the run's mark is there; adopt its snapshot whole, or remove it."""
@@ -219,6 +213,7 @@ class QemuBackend:
             _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
             self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
         found = await self._settle_snapshot(run)
+        await self._deleting.finish(run.instance_id)
         return await self._settled(run, found, resumed=run.run_id in self._found_frozen)
 
     async def _thaw(self, run: RunStarted) -> bool:

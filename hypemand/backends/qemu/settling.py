@@ -134,8 +134,10 @@ async def end_save(monitor: Monitor, memory: Path) -> None:
 
 async def clear(monitor: Monitor, draft: Manifest, disks: list[Disk]) -> None:
     """Delete a partial snapshot from *disks*. The save's own job goes last: it is the proof that the save failed."""
+    job = f"{save_job(draft.id)}-clear"
     if disks:
-        await delete(monitor, f"{save_job(draft.id)}-clear", draft.name, disks)
+        await delete(monitor, job, draft.name, disks)
+    await dismiss(monitor, job)  # of a settling that was cut short
     await dismiss(monitor, save_job(draft.id))
 
 
