@@ -302,6 +302,12 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
+GUARD_OFF = (
+    "runs.guard is off: a guest that is frozen when hypemand is killed or hangs stays so until the next start,"
+    " or `hypemand recover`"
+)
+
+
 def config_warnings(config: Config) -> list[str]:
     """What is allowed in *config*, but worth a second look."""
     warnings = [
@@ -313,6 +319,8 @@ def config_warnings(config: Config) -> list[str]:
         warnings.append("schedules: there are none")
     if config.api.listen is not None or config.api.socket is not None:
         warnings.append("api: has no effect, this version serves no API yet")
+    if not config.runs.guard:
+        warnings.append(GUARD_OFF)
     if config.hooks != HooksConfig():
         warnings.append("hooks: have no effect, this version runs none yet")
     return warnings

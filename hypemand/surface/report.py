@@ -8,7 +8,7 @@ import trio
 from attrs import define, field, frozen
 
 from hypemand.backends.base import BackendError
-from hypemand.config import Config
+from hypemand.config import GUARD_OFF, Config
 from hypemand.core.model import InstanceId, RunFinished, Schedule, Snapshot
 from hypemand.core.retention import future_dated, scheduled_only
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock
@@ -132,6 +132,8 @@ async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, 
     for name, error in sorted(discovery.errors.items()):
         told = overview.problems if name in used_backends(state) else overview.warnings
         told.append(f"backend {name}: {error}" + ("" if told is overview.problems else NEVER_USED))
+    if config is not None and not config.runs.guard:
+        overview.warnings.append(GUARD_OFF)
     overview.warnings += _clock_warnings(state.schedules.values(), clock)
     limiter = trio.CapacityLimiter(AT_ONCE)
     async with trio.open_nursery() as nursery:
