@@ -14,6 +14,7 @@ from tests.processes import DaemonProcess, Lab, run_cli, running_daemon
 from tests.qemu_guest import Guest
 
 OTHER = "other-1"
+OUTCOMES = ("snapshot taken", "run failed", "run interrupted", "run skipped")
 LATE_S = 1.0
 """However bad things are at one guest, no other schedule is later than that."""
 
@@ -49,10 +50,21 @@ class Site:
     async def settled(self) -> None:
         """Wait until no run is open, and all are in the schedules' files, which can be edited then."""
         with trio.fail_after(60):
-            while len(self.lab.started()) > len({run["run_id"] for run in self.ended()}):
+            while (
+                len(self.lab.started()) > len({run["run_id"] for run in self.ended()}) or self.told() - self.written()
+            ):
                 await trio.sleep(0.05)
-        for instance in {str(run["instance_id"]) for run in self.ended()}:
+        last = {str(run["instance_id"]): run["outcome"] for run in self.lab.log_lines("finished")}
+        for instance in (instance for instance, outcome in last.items() if outcome != "skipped"):
             await self.lab.recorded(len(self.lab.history(instance)), instance)
+
+    def told(self) -> set[str]:
+        """Runs of which the log tells how they ended."""
+        return {line["run_id"] for event in OUTCOMES for line in self.daemon.logged(event)}
+
+    def written(self) -> set[str]:
+        """Runs of which the run log does."""
+        return {str(run["run_id"]) for run in self.lab.log_lines("finished")}
 
     def ended(self) -> list[dict[str, object]]:
         ids = {run["run_id"] for run in self.lab.started()}

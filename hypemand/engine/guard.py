@@ -33,6 +33,8 @@ HUNG_S = 5.0
 """The same before any deadline."""
 ASLEEP_S = 1.0
 """A guard that wakes so much too late was stopped itself, and the daemon perhaps with it."""
+WAKING_S = 2.0
+"""What the daemon then gets on top."""
 LEAVING_S = 1.0
 """What a daemon gets that has closed its pipe and does not end."""
 DYING_S = 5.0
@@ -61,6 +63,7 @@ class Watch:
         self.said_goodbye = False
         self.pinged_at: float | None = None
         self._next_ping = 0.0
+        self._looked_at = time.monotonic()
 
     def wait(self) -> str | None:
         """Watch until somebody else has to act.
@@ -70,21 +73,26 @@ class Watch:
         """
         self._tell("hello")
         while not self.said_goodbye:
-            wait_s = self._wait_s(time.monotonic())
-            until = time.monotonic() + (wait_s or 0.0)
+            wait_s = self._wait_s(self._now(0.0))
             if self._poll.poll(None if wait_s is None else wait_s * 1000):
                 data = os.read(self._inbox, 65536)
                 if not data:
                     return ENDED
                 self._take(data)
                 continue  # all that it said comes before any verdict
-            now = time.monotonic()
-            if self.pinged_at is not None and now > until + ASLEEP_S:
-                self.pinged_at = now
+            now = self._now(wait_s or 0.0)
             if self._is_hung(now):
                 return f"the daemon did not answer for {now - (self.pinged_at or now):.1f} s"
             self._ping(now)
         return None
+
+    def _now(self, expected_s: float) -> float:
+        """The time. Where it is much later than *expected_s* after the last look, nobody here was awake."""
+        now = time.monotonic()
+        if self.pinged_at is not None and now > self._looked_at + expected_s + ASLEEP_S:
+            self.pinged_at = now + WAKING_S
+        self._looked_at = now
+        return now
 
     def _first_deadline(self) -> float:
         return min(self.leases.values())
