@@ -71,6 +71,7 @@ def _open_missing_streams() -> None:
         if getattr(sys, name) is None:
             while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:
                 pass
+            os.set_inheritable(opened, True)  # else the first file of a child would take its place there
             setattr(sys, name, os.fdopen(opened, "r" if name == "stdin" else "w"))
 
 

@@ -56,6 +56,7 @@ def _tell_problems(path: Path, problems: "list[Problem]") -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Run the daemon."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # who started us may ignore it, and children would vanish unseen
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the daemon listens, which reads the config anyway
 
     from hypemand.config_files import find_config

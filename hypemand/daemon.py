@@ -59,7 +59,7 @@ class Daemon:
         _log.info("stopped")
 
     async def _hold_state(self, nursery: trio.Nursery) -> None:
-        guarding = Guarding(self.config.state_dir, _settle_command(self.config), wanted=self.config.runs.guard)
+        guarding = Guarding(_settle_command(self.config), wanted=self.config.runs.guard)
         outside = evolve(this_machine(), leases=guarding)
         try:
             lock = await take_lock(self.config.state_dir, "daemon", outside.disk)

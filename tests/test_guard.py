@@ -1,6 +1,5 @@
 """The guard process by itself: what it says, when it acts, whom it kills, and what it costs."""
 
-import fcntl
 import json
 import os
 import signal
@@ -29,15 +28,17 @@ signal.pause()
 """Stands for a daemon: the parent of a guard. The test itself speaks for it over the pipes."""
 
 SETTLER = """
-import fcntl, json, sys, time
-arguments = sys.argv[2:]
+import json, os, sys, time
+streams = [os.path.exists(f"/proc/self/fd/{number}") for number in range(3)]
 with open(sys.argv[1], "a") as file:
-    file.write(json.dumps({"at": time.monotonic(), "arguments": arguments}) + "\\n")
-if "--lock" in arguments:
-    fcntl.flock(int(arguments[arguments.index("--lock") + 1]), fcntl.LOCK_EX | fcntl.LOCK_NB)
-sys.exit(int(open(sys.argv[1] + ".status").read()))
+    called = {"at": time.monotonic(), "arguments": sys.argv[2:], "streams": streams, "pid": os.getpid()}
+    file.write(json.dumps(called) + "\\n")
+status = open(sys.argv[1] + ".status").read()
+if status == "hangs":
+    time.sleep(600)
+sys.exit(int(status))
 """
-"""Stands for the process that settles: notes that it ran, and whether the lock that it was handed is held."""
+"""Stands for the process that settles: notes that it ran, and ends as it is told."""
 
 
 @define
@@ -70,8 +71,9 @@ class Guarded:
 
     async def keeps_answering(self) -> None:
         while True:
-            if b"ping" in await self.inbox.receive_some():
-                self.say("pong")
+            for line in (await self.inbox.receive_some()).decode().splitlines():
+                if line.startswith("ping"):
+                    self.say(line.replace("ping", "pong"))
 
     def hang_up(self) -> None:
         if self.outbox >= 0:
@@ -101,7 +103,15 @@ def is_alive(pid: int) -> bool:
 
 
 @asynccontextmanager
-async def guarded(directory: Path, *, token: str = "none", status: int = 0) -> AsyncIterator[Guarded]:
+async def guarded(
+    directory: Path, *, token: str = "none", status: int | str = 0, started_by: str = ""
+) -> AsyncIterator[Guarded]:
+    """A guard of a process that stands for a daemon.
+
+    Args:
+        status: What the process that settles ends with.
+        started_by: More for the program that starts the guard, before it does.
+    """
     settler = directory / "settle.py"
     settler.write_text(SETTLER)
     (directory / "settled.status").write_text(str(status))
@@ -110,11 +120,12 @@ async def guarded(directory: Path, *, token: str = "none", status: int = 0) -> A
     command = [sys.executable, "-I", "-S", guard.__file__, str(theirs_in), str(theirs_out)]
     settle = [sys.executable, str(settler), str(directory / "settled")]
     # The owner's pid is known to itself alone before it starts the guard: it puts it in the place of "OWNER".
-    program = OWNER_PROGRAM.replace("sys.argv[3:]", "[str(os.getpid()) if a == 'OWNER' else a for a in sys.argv[3:]]")
+    arguments = "[str(os.getpid()) if a == 'OWNER' else a for a in sys.argv[3:]]"
+    program = OWNER_PROGRAM.replace("process =", f"{started_by}\nprocess =").replace("sys.argv[3:]", arguments)
     owner = await trio.lowlevel.open_process(
         [
             *(sys.executable, "-c", program, str(theirs_in), str(theirs_out)),
-            *(*command, "OWNER", token, str(directory), *settle),
+            *(*command, "OWNER", token, *settle),
         ],
         stdout=subprocess.PIPE,
         pass_fds=(theirs_in, theirs_out),
@@ -161,11 +172,14 @@ async def test_a_daemon_that_is_killed_has_its_runs_settled_at_once(tmp_path: Pa
         made.owner.kill()
         made.hang_up()
         called = await made.settled()
-        assert called["arguments"] == ["--because", "the daemon has ended", "--lock", "3"]
+        assert called["arguments"] == [
+            *("--because", "the daemon has ended"),
+            *("--daemon", str(made.owner.pid)),
+            *("--frozen", "r1"),
+        ]
         assert isinstance(called["at"], float)
         assert called["at"] - died_at < 3.0
         await gone(made)
-        assert json.loads((tmp_path / "lock").read_text()) == {"role": "guard", "pid": made.guard_pid}
 
 
 async def test_a_daemon_that_closes_the_pipe_without_a_goodbye_is_ended_first(tmp_path: Path) -> None:
@@ -207,7 +221,7 @@ async def test_a_daemon_without_leases_is_not_asked_whether_it_answers(tmp_path:
         await made.lease("r1", 0.2)
         made.say("thawed r1")
         with trio.move_on_after(2):
-            await made.hears("ping", within_s=60)
+            await made.hears("ping 1", within_s=60)
             raise AssertionError("it was pinged")
         assert (made.lives, made.owner.poll()) == (True, None)
 
@@ -215,12 +229,13 @@ async def test_a_daemon_without_leases_is_not_asked_whether_it_answers(tmp_path:
 async def test_a_guard_that_was_stopped_itself_gives_the_daemon_another_chance(tmp_path: Path) -> None:
     async with guarded(tmp_path) as made, trio.open_nursery() as nursery:
         await made.lease("r1", 1)
-        await made.hears("ping")
+        await made.hears("ping 1")
         os.kill(made.guard_pid, signal.SIGSTOP)
         await trio.sleep(2.5)
+        made.say("thawed another")
         os.kill(made.guard_pid, signal.SIGCONT)
-        await trio.sleep(0.2)
-        made.say("pong")
+        await trio.sleep(0.5)
+        made.say("pong 1")
         nursery.start_soon(made.keeps_answering)
         await trio.sleep(2)
         assert (made.lives, made.settlings, made.owner.poll()) == (True, [], None)
@@ -248,47 +263,6 @@ async def test_children_of_the_daemon_die_with_it_and_others_do_not(tmp_path: Pa
                 await process.wait()
 
 
-def hold_lock(directory: Path, role: str, pid: int) -> int:
-    descriptor = os.open(directory / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    os.pwrite(descriptor, json.dumps({"role": role, "pid": pid}).encode() + b"\n", 0)
-    return descriptor
-
-
-async def test_it_waits_for_a_recover_that_has_the_state(tmp_path: Path) -> None:
-    async with guarded(tmp_path) as made:
-        lock = hold_lock(tmp_path, "recover", os.getpid())
-        made.owner.kill()
-        made.hang_up()
-        await trio.sleep(1.5)
-        assert (made.lives, made.settlings) == (True, [])
-        os.close(lock)
-        await made.settled()
-        await gone(made)
-
-
-async def test_another_daemon_that_has_the_state_has_the_duty_too(tmp_path: Path) -> None:
-    async with guarded(tmp_path) as made:
-        lock = hold_lock(tmp_path, "daemon", os.getpid())
-        made.owner.kill()
-        made.hang_up()
-        await gone(made)
-        assert made.settlings == []
-        os.close(lock)
-
-
-async def test_a_lock_that_only_a_remnant_of_the_dead_daemon_holds_keeps_no_guest_frozen(tmp_path: Path) -> None:
-    """A thread of it that hangs in a filesystem does; here the file is open in another process."""
-    async with guarded(tmp_path) as made:
-        lock = hold_lock(tmp_path, "daemon", made.owner.pid)
-        made.owner.kill()
-        made.hang_up()
-        called = await made.settled()
-        assert called["arguments"] == ["--because", "the daemon has ended"]
-        await gone(made)
-        os.close(lock)
-
-
 async def test_what_could_not_be_settled_is_tried_again_until_it_is(tmp_path: Path) -> None:
     async with guarded(tmp_path, status=1) as made:
         made.owner.kill()
@@ -299,40 +273,35 @@ async def test_what_could_not_be_settled_is_tried_again_until_it_is(tmp_path: Pa
         assert len(made.settlings) >= 3
 
 
-async def test_between_two_tries_a_daemon_that_starts_goes_first(tmp_path: Path) -> None:
-    async with guarded(tmp_path, status=1) as made:
+MISSING = "sys.argv[-3] = sys.argv[-1] + '.python'"
+"""For the program that starts the guard: the process that settles can't be started, until it is put there."""
+
+
+async def test_a_process_to_settle_that_can_not_be_started_is_started_when_it_can(tmp_path: Path) -> None:
+    async with guarded(tmp_path, started_by=MISSING) as made:
         made.owner.kill()
         made.hang_up()
-        await made.settled(1)
-
-        async def takes_the_lock() -> int:
-            while True:
-                with suppress(BlockingIOError):
-                    descriptor = os.open(tmp_path / "lock", os.O_RDWR)
-                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    return descriptor
-                await trio.sleep(0.01)
-
-        with trio.fail_after(20):
-            lock = await takes_the_lock()
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, b'{"role":"daemon","pid":1}\n', 0)
-        await gone(made)
-        os.close(lock)
-
-
-async def test_a_state_directory_that_is_away_is_waited_for(tmp_path: Path) -> None:
-    home = tmp_path / "state"
-    home.mkdir()
-    async with guarded(home) as made:
-        home.rename(tmp_path / "unmounted")
-        made.owner.kill()
-        made.hang_up()
-        await trio.sleep(0.5)
-        assert made.lives
-        (tmp_path / "unmounted").rename(home)
+        await trio.sleep(1.5)
+        assert (made.lives, made.settlings) == (True, [])
+        (tmp_path / "settled.python").symlink_to(sys.executable)
         await made.settled()
         await gone(made)
+
+
+async def test_a_process_to_settle_that_hangs_is_killed_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    impatient = tmp_path / "guard.py"
+    impatient.write_text(Path(guard.__file__).read_text().replace("SETTLE_S = 90.0", "SETTLE_S = 1.0"))
+    monkeypatch.setattr(guard, "__file__", str(impatient))
+    async with guarded(tmp_path, status="hangs") as made:
+        made.owner.kill()
+        made.hang_up()
+        first = await made.settled()
+        (tmp_path / "settled.status").write_text("0")
+        await made.settled(2)
+        await gone(made)
+        assert not is_alive(int(str(first["pid"])))
 
 
 # What it withstands, and what it costs.
@@ -349,6 +318,57 @@ async def test_signals_do_not_end_it(tmp_path: Path, number: signal.Signals) -> 
         made.owner.kill()
         made.hang_up()
         await made.settled()
+
+
+async def test_a_reader_of_the_log_that_is_gone_does_not_end_it(tmp_path: Path) -> None:
+    closed = "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 2)"
+    async with guarded(tmp_path, started_by=f"{closed}; {MISSING}") as made:
+        made.owner.kill()
+        made.hang_up()
+        await trio.sleep(0.5)
+        assert made.lives
+        (tmp_path / "settled.python").symlink_to(sys.executable)
+        await made.settled()
+        await gone(made)
+
+
+async def test_without_streams_those_who_settle_get_some(tmp_path: Path) -> None:
+    async with guarded(tmp_path, started_by="os.close(2)") as made:
+        made.owner.kill()
+        made.hang_up()
+        called = await made.settled()
+        assert called["streams"] == [True, True, True]
+        await gone(made)
+
+
+async def test_who_ignores_the_end_of_children_does_not_keep_it_from_settling_once(tmp_path: Path) -> None:
+    async with guarded(tmp_path, started_by="signal.signal(signal.SIGCHLD, signal.SIG_IGN)") as made:
+        made.owner.kill()
+        made.hang_up()
+        await gone(made)
+        assert len(made.settlings) == 1
+
+
+async def test_a_freeze_with_a_short_budget_beside_one_with_a_long_one_ends_in_time(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as made:
+        await made.lease("long", 600)
+        await made.hears("ping 1")
+        made.say("pong 1")
+        deadline = await made.lease("short", 0.3)
+        called = await made.settled()
+        assert isinstance(called["at"], float)
+        assert deadline <= called["at"] < deadline + 3.0
+
+
+async def test_a_daemon_that_has_answered_after_a_deadline_may_be_slow_again(tmp_path: Path) -> None:
+    async with guarded(tmp_path) as made:
+        await made.lease("r1", 0.2)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(made.keeps_answering)
+            await trio.sleep(1)
+            nursery.cancel_scope.cancel()
+        await trio.sleep(3)
+        assert (made.lives, made.settlings, made.owner.poll()) == (True, [], None)
 
 
 async def test_it_is_in_a_session_of_its_own_and_small(tmp_path: Path) -> None:

@@ -107,9 +107,7 @@ async def test_a_guard_that_dies_is_replaced_before_the_next_freeze(lab: Lab) ->
     assert [run["outcome"] for run in lab.history()] == ["succeeded"] * 2
 
 
-async def test_a_guard_that_hangs_is_replaced_and_the_run_fails_before_the_freeze(
-    lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_guard_that_hangs_is_replaced_and_costs_no_run(lab: Lab) -> None:
     async with running_daemon(lab.write().config) as daemon:
         await lab.recorded(1)
         first = await the_guard(daemon)
@@ -117,12 +115,8 @@ async def test_a_guard_that_hangs_is_replaced_and_the_run_fails_before_the_freez
         lab.make_due(daemon)
         await lab.recorded(2)
         assert await the_guard(daemon) != first
-        lab.make_due(daemon)
-        await lab.recorded(3)
         await daemon.stop()
-    outcomes = [run["outcome"] for run in lab.history()]
-    assert outcomes == ["succeeded", "failed", "succeeded"]
-    assert "nothing is frozen without a guard" in lab.history()[1]["error"]
+    assert [run["outcome"] for run in lab.history()] == ["succeeded"] * 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -195,7 +189,7 @@ async def test_a_guard_that_can_not_be_started_is_told_with_the_way_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, impatient: None
 ) -> None:
     monkeypatch.setattr(guard, "__file__", str(tmp_path / "not-there.py"))
-    made = Guarding(tmp_path, ["true"])
+    made = Guarding(["true"])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(made.serve)
         with pytest.raises(NoGuardError, match=r"runs\.guard = false"):
@@ -207,7 +201,7 @@ async def test_a_guard_that_can_not_be_started_is_told_with_the_way_on(
 
 
 async def test_no_other_child_inherits_the_pipes_but_each_can_be_told_for_the_daemons(tmp_path: Path) -> None:
-    made = Guarding(tmp_path, ["true"])
+    made = Guarding(["true"])
     look = "import os; print(*sorted(os.listdir('/proc/self/fd')), os.environ['HYPEMAND_OWNER'].split('-')[0])"
     async with trio.open_nursery() as nursery:
         nursery.start_soon(made.serve)
@@ -222,7 +216,7 @@ async def test_no_other_child_inherits_the_pipes_but_each_can_be_told_for_the_da
 
 
 async def test_leases_are_had_again_from_a_guard_that_replaces_another(tmp_path: Path) -> None:
-    made = Guarding(tmp_path, ["true"])
+    made = Guarding(["true"])
     async with trio.open_nursery() as nursery:
         nursery.start_soon(made.serve)
         await made.open("r1", 60)

@@ -160,3 +160,15 @@ async def test_a_run_settles_with_the_connection_that_it_began_with(
         # The fleet's `connect` of this world gives the fake of that name, and closes it after the one run.
         assert w.outcomes() == ["interrupted"]
         assert other.closed
+
+
+async def test_whose_lease_was_open_is_known_better_than_by_boot_and_deadline(
+    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+) -> None:
+    """A run that had thawed its guest when its daemon died: a pause that is found is an operator's."""
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake], serve=False) as w:
+        recovery = w.engine.recovery
+        assert recovery.is_ours(started(fake))
+        recovery.frozen = frozenset({"another"})
+        assert not recovery.is_ours(started(fake))
+        assert recovery.is_ours(started(fake, run_id="another", boot_id="before"))

@@ -5,15 +5,15 @@ standard library and nothing else, to live in a few megabytes. `guarding`
 starts it and is the other end of its two pipes, which carry lines:
 
 - from the daemon: ``freeze RUN DEADLINE`` (of the monotonic clock, in
-  seconds), ``thawed RUN``, ``pong``, ``goodbye``;
-- to the daemon: ``hello``, ``ack RUN``, ``ping``.
+  seconds), ``thawed RUN``, ``pong NUMBER``, ``goodbye``;
+- to the daemon: ``hello``, ``ack RUN``, ``ping NUMBER``.
 
 A daemon that answers keeps the duty to thaw, whatever its deadlines. One that
 does not is killed, for two at once would tear a copy or thaw the next run's
-freeze. Then the state lock is taken and a fresh process settles all open runs.
+freeze. Then a fresh process takes the state lock and settles all open runs.
 """
 
-import fcntl
+import math
 import os
 import select
 import signal
@@ -24,28 +24,30 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:  # `typing` and `collections` would take a megabyte
     from collections.abc import Callable
 
-PING_S = 0.2
-"""How often the daemon is pinged near and after a deadline; further away once a second."""
-CALM_PING_S = 1.0
+PING_S = 1.0
+"""How often the daemon is pinged; and once more shortly before each deadline, and right at it."""
 ANSWER_S = 0.5
-"""How old a ping may be after a deadline before the daemon counts as hung."""
-HUNG_S = 5.0
-"""The same before any deadline."""
+"""How old a ping may be at a deadline before the daemon counts as hung."""
+HUNG_S = 10.0
+"""The same far from any deadline, and once the daemon has answered after it."""
+LATE_S = 0.3
+"""A guard that is woken so much too late is on a busy machine, where the daemon is late, too."""
 ASLEEP_S = 1.0
-"""A guard that wakes so much too late was stopped itself, and the daemon perhaps with it."""
+"""So much, and it was stopped, and the daemon perhaps with it, which gets `WAKING_S` on top."""
 WAKING_S = 2.0
-"""What the daemon then gets on top."""
-LEAVING_S = 1.0
-"""What a daemon gets that has closed its pipe and does not end."""
+LEAVING_S = 3.0
+"""What a daemon gets to end by itself that has closed its pipe: it may still be writing its log."""
 DYING_S = 5.0
+"""How long its first thread is waited for after a SIGKILL."""
 CHILDREN_S = 2.0
-LEFTOVER_S = 0.5
+"""How long its children are."""
 LOOK_S = 0.01
-SETTLE_S = 60.0
+SETTLE_S = 90.0
+"""How long one try to settle may take before it is killed."""
 LONGEST_PAUSE_S = 30.0
-LOCK_DESCRIPTOR = 3
-"""Of the lock, in the process that settles."""
-
+"""Between two tries."""
+OWNER = "HYPEMAND_OWNER"
+"""In the environment of processes that must not outlive the one that started them."""
 ENDED = "the daemon has ended"
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGABRT, signal.SIGQUIT, signal.SIGPIPE)
 
@@ -60,10 +62,13 @@ class Watch:
         self._poll = select.poll()
         self._poll.register(inbox, select.POLLIN)
         self.leases: dict[str, float] = {}
-        self.said_goodbye = False
-        self.pinged_at: float | None = None
-        self._next_ping = 0.0
-        self._looked_at = time.monotonic()
+        self._strict: dict[str, float] = {}
+        """Leases whose deadline the daemon has not answered after, yet."""
+        self._said_goodbye = False
+        self._number = 0
+        self._sent_at = self._heard_at = self._looked_at = time.monotonic()
+        self._silent_since: float | None = None
+        """Set while a ping is not answered; may lie ahead, where the daemon is given time to wake."""
 
     def wait(self) -> str | None:
         """Watch until somebody else has to act.
@@ -72,72 +77,76 @@ class Watch:
             Why; None after a goodbye.
         """
         self._tell("hello")
-        while not self.said_goodbye:
+        while not self._said_goodbye:
             wait_s = self._wait_s(self._now(0.0))
-            if self._poll.poll(None if wait_s is None else wait_s * 1000):
+            readable = self._poll.poll(None if math.isinf(wait_s) else math.ceil(wait_s * 1000))
+            now = self._now(wait_s)
+            if readable:
                 data = os.read(self._inbox, 65536)
                 if not data:
                     return ENDED
                 self._take(data)
-                continue  # all that it said comes before any verdict
-            now = self._now(wait_s or 0.0)
-            if self._is_hung(now):
-                return f"the daemon did not answer for {now - (self.pinged_at or now):.1f} s"
-            self._ping(now)
+            elif self._silent_since is not None and now >= self._hung_at(self._silent_since):
+                return f"the daemon did not answer for {now - self._sent_at:.1f} s"
+            elif self._silent_since is None and self.leases and now >= self._ping_at():
+                self._ping(now)
         return None
 
     def _now(self, expected_s: float) -> float:
-        """The time. Where it is much later than *expected_s* after the last look, nobody here was awake."""
+        """The time. Where it is later than *expected_s* after the last look, the daemon is not to blame for that."""
         now = time.monotonic()
-        if self.pinged_at is not None and now > self._looked_at + expected_s + ASLEEP_S:
-            self.pinged_at = now + WAKING_S
+        late_s = now - self._looked_at - expected_s
+        if self._silent_since is not None and late_s > LATE_S:
+            self._silent_since = max(self._silent_since, now + (WAKING_S if late_s > ASLEEP_S else 0.0))
         self._looked_at = now
         return now
 
-    def _first_deadline(self) -> float:
-        return min(self.leases.values())
+    def _deadline(self) -> float:
+        return min(self._strict.values(), default=math.inf)
 
-    def _hung_at(self, pinged_at: float) -> float:
-        return min(pinged_at + HUNG_S, max(pinged_at + ANSWER_S, self._first_deadline()))
+    def _hung_at(self, silent_since: float) -> float:
+        return min(silent_since + HUNG_S, max(silent_since + ANSWER_S, self._deadline()))
 
-    def _wait_s(self, now: float) -> float | None:
-        """Seconds until there is something to do; None: until the daemon says something."""
+    def _ping_at(self) -> float:
+        deadline = self._deadline()
+        before = deadline - ANSWER_S
+        return min(self._sent_at + PING_S, before if self._sent_at < before else deadline)
+
+    def _wait_s(self, now: float) -> float:
+        """Seconds until there is something to do."""
         if not self.leases:
-            return None
-        at = self._next_ping if self.pinged_at is None else self._hung_at(self.pinged_at)
+            return math.inf
+        at = self._ping_at() if self._silent_since is None else self._hung_at(self._silent_since)
         return max(0.0, at - now)
 
-    def _is_hung(self, now: float) -> bool:
-        return bool(self.leases) and self.pinged_at is not None and now >= self._hung_at(self.pinged_at)
-
     def _ping(self, now: float) -> None:
-        if not self.leases or self.pinged_at is not None or now < self._next_ping:
-            return
-        self.pinged_at = now
-        self._tell("ping")
+        self._number += 1
+        self._sent_at = self._silent_since = now
+        self._tell(f"ping {self._number}")
 
     def _take(self, data: bytes) -> None:
+        if self._silent_since is not None:
+            self._silent_since = max(self._silent_since, time.monotonic())
         *lines, self._rest = (self._rest + data).split(b"\n")
         for line in lines:
             word, *rest = line.decode().split()
             self._obey(word, rest)
 
     def _obey(self, word: str, rest: list[str]) -> None:
-        now = time.monotonic()
         if word == "freeze":
             run, deadline = rest
             if not self.leases:
-                self.pinged_at, self._next_ping = None, now + PING_S
-            self.leases[run] = float(deadline)
+                self._sent_at, self._silent_since = time.monotonic(), None
+            self.leases[run] = self._strict[run] = float(deadline)
             self._tell(f"ack {run}")
         elif word == "thawed":
             self.leases.pop(rest[0], None)
-        elif word == "pong":
-            self.pinged_at = None
-            near = self.leases and self._first_deadline() - now < CALM_PING_S + ANSWER_S
-            self._next_ping = now + (PING_S if near else CALM_PING_S)
+            self._strict.pop(rest[0], None)
+        elif word == "pong" and rest == [str(self._number)]:
+            self._silent_since = None
+            self._strict = {run: at for run, at in self._strict.items() if at > self._sent_at}
         elif word == "goodbye":
-            self.said_goodbye = True
+            self._said_goodbye = True
 
     def _tell(self, line: str) -> None:
         try:
@@ -146,18 +155,16 @@ class Watch:
             pass  # its own pipe ends with it, and that is what counts
 
 
-class Daemon:
-    """The process that is guarded. *token* is in the environment of every child of its that must die with it."""
+class Process:
+    """A process that is to end, and its children: those with *token* in their environment."""
 
     def __init__(self, pid: int, token: str) -> None:
         self.pid = pid
-        self._token = f"HYPEMAND_OWNER={token}".encode()
+        self._token = f"{OWNER}={token}".encode()
         try:
-            self._pidfd = os.pidfd_open(pid)
+            self.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            self._pidfd = -1
-        if os.getppid() != pid:  # gone already, and the number perhaps somebody else's
-            self._pidfd = -1
+            self.pidfd = -1
 
     def end(self, grace_s: float) -> None:
         """Kill it and its children, and return once they can do nothing more.
@@ -165,19 +172,17 @@ class Daemon:
         Args:
             grace_s: What it gets to end by itself.
         """
-        if self._pidfd >= 0 and not _wait_until(self._is_over, grace_s):
+        if self.pidfd >= 0 and not _wait_until(self._is_over, grace_s):
             try:
-                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+                signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
             except ProcessLookupError:
                 pass
             _wait_until(self._is_over, DYING_S)
         _wait_until(self._kill_children, CHILDREN_S)
 
     def _is_over(self) -> bool:
-        """Whether its event loop is: threads that hang in a filesystem may outlive its first thread."""
-        poll = select.poll()
-        poll.register(self._pidfd, select.POLLIN)
-        return bool(poll.poll(0)) or _state_of(self.pid) in ("Z", "X")
+        """Whether its first thread is: others that hang in a filesystem may outlive it, and do nothing any more."""
+        return is_readable(self.pidfd, 0.0) or _state_of(self.pid) in ("Z", "X")
 
     def _kill_children(self) -> bool:
         """Kill those that are left; whether there were none."""
@@ -185,8 +190,8 @@ class Daemon:
         for pid in left:
             try:
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
+            except OSError:
+                pass  # gone
         return not left
 
     def _owns(self, pid: int) -> bool:
@@ -197,80 +202,14 @@ class Daemon:
             return False  # gone, or somebody else's
 
 
-class StateLock:
-    """The lock of the state directory, taken over from a daemon that is no more."""
-
-    def __init__(self, state_dir: str, daemon: Daemon) -> None:
-        self._path = f"{state_dir}/lock"
-        self._daemon = daemon
-
-    def take(self) -> int | None:
-        """Wait for the lock.
-
-        Returns:
-            Its descriptor; -1 where what is left of the daemon keeps it and
-            nobody else can have it; None: another daemon has it, and the duty.
-        """
-        left_since = None
-        while True:
-            descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                owner = self._owner(descriptor)
-                os.close(descriptor)
-            else:
-                self._sign(descriptor)
-                return descriptor
-            now = time.monotonic()
-            if owner == ("daemon", self._daemon.pid):
-                # A thread of it that hangs in a filesystem, or a child that inherited the file by mistake. Or a new
-                # owner, who is about to write its name.
-                left_since = left_since or now
-                if now > left_since + LEFTOVER_S:
-                    return -1
-            elif owner[0] == "daemon":
-                return None
-            else:
-                left_since = None
-            time.sleep(LOOK_S)
-
-    @staticmethod
-    def _owner(descriptor: int) -> tuple[str, int]:
-        import json  # noqa: PLC0415 - only now; until here it would be a megabyte for nothing
-
-        try:
-            owner = json.loads(os.pread(descriptor, 4096, 0))
-            return str(owner["role"]), int(owner["pid"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return "", 0
-
-    @staticmethod
-    def _sign(descriptor: int) -> None:
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, b'{"role":"guard","pid":%d}\n' % os.getpid(), 0)
-        except OSError:
-            pass  # a full disk keeps nobody from thawing guests
-
-
-def settle(lock: StateLock, command: list[str], reason: str) -> None:
-    """Have *command* settle all open runs, until none is left or another daemon has the duty.
-
-    The lock is free between the tries: a daemon that starts goes first.
-    """
+def settle(command: list[str]) -> None:
+    """Have *command* settle all open runs, again and again until it says that none is left to us (exit status 0)."""
     pause_s = 1.0
     while True:
         try:
-            descriptor = lock.take()
-            if descriptor is None:
+            if _run(command) == 0:
                 return
-            status = _run([*command, "--because", reason], descriptor)
-            if descriptor >= 0:
-                os.close(descriptor)
-            if status == 0:
-                return
-        except OSError as error:  # no process or descriptor to be had, or the state directory is away
+        except Exception as error:  # noqa: BLE001 - whatever it is, guests may be frozen
             _complain(f"hypemand guard: open runs can't be settled yet: {error}")
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)  # what could be thawed at once is; the rest may be left to others
@@ -278,26 +217,36 @@ def settle(lock: StateLock, command: list[str], reason: str) -> None:
         pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
 
 
-def _run(command: list[str], lock: int) -> int:
-    """The exit status of *command*, which owns *lock* with us; killed when it takes too long."""
-    actions = []
-    if lock >= 0:
-        command = [*command, "--lock", str(LOCK_DESCRIPTOR)]
-        actions = [(os.POSIX_SPAWN_DUP2, lock, LOCK_DESCRIPTOR)]
-    pid = os.posix_spawn(command[0], command, os.environ, file_actions=actions, setsid=True)
+def _run(command: list[str]) -> int:
+    """The exit status of *command*; killed, with its children, when it takes too long."""
+    token = f"guard-{os.getpid()}"
+    pid = os.posix_spawn(command[0], command, {**os.environ, OWNER: token}, setsid=True)
+    process = Process(pid, token)
+    try:
+        ended = is_readable(process.pidfd, SETTLE_S)
+        process.end(0.0)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        os.close(process.pidfd)
+    return status if ended else -1
+
+
+def is_readable(descriptor: int, within_s: float) -> bool:
+    """Whether *descriptor* can be read from within so many seconds; of a process: whether it has ended."""
     poll = select.poll()
-    poll.register(os.pidfd_open(pid), select.POLLIN)
-    if not poll.poll(SETTLE_S * 1000):
-        os.killpg(pid, signal.SIGKILL)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(math.ceil(within_s * 1000)))
 
 
 def _complain(text: str) -> None:
-    """Write to stderr, unless that would wait for its reader."""
+    """Write to stderr, unless that would wait for its reader, or has none."""
     poll = select.poll()
     poll.register(2, select.POLLOUT)
-    if poll.poll(0):
-        os.write(2, f"{text}\n".encode())
+    try:
+        if poll.poll(0):
+            os.write(2, f"{text}\n".encode())
+    except OSError:
+        pass
 
 
 def _state_of(pid: int) -> str:
@@ -311,11 +260,30 @@ def _state_of(pid: int) -> str:
 
 def _wait_until(is_so: "Callable[[], bool]", within_s: float) -> bool:
     until = time.monotonic() + within_s
-    while not is_so():
+    while not _tried(is_so):
         if time.monotonic() >= until:
             return False
         time.sleep(LOOK_S)
     return True
+
+
+def _tried(is_so: "Callable[[], bool]") -> bool:
+    try:
+        return is_so()
+    except OSError:  # no descriptor to be had, for example
+        return False
+
+
+def _prepare(pipes: list[int]) -> None:
+    """Signals as they are needed here, no pipe for our children, and three streams that nobody else's file can be."""
+    for number in IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(opened, True)
+    os.close(opened)
+    for descriptor in pipes:
+        os.set_inheritable(descriptor, False)
 
 
 def main(arguments: list[str]) -> None:
@@ -323,19 +291,18 @@ def main(arguments: list[str]) -> None:
 
     Args:
         arguments: Descriptors to read from and to write to, the daemon's
-            process id and token, its state directory, and the command that
-            settles open runs.
+            process id and token, and the command that settles open runs.
     """
-    for number in IGNORED:
-        signal.signal(number, signal.SIG_IGN)
-    inbox, outbox, pid, token, state_dir, *command = arguments
-    for descriptor in (int(inbox), int(outbox)):
-        os.set_inheritable(descriptor, False)
-    daemon = Daemon(int(pid), token)
-    reason = Watch(int(inbox), int(outbox)).wait()
+    inbox, outbox, pid, token, *command = arguments
+    _prepare([int(inbox), int(outbox)])
+    daemon = Process(int(pid), token)
+    if os.getppid() != daemon.pid:  # gone already, and its number perhaps somebody else's
+        daemon.pidfd = -1
+    watch = Watch(int(inbox), int(outbox))
+    reason = watch.wait()
     if reason is not None:
         daemon.end(LEAVING_S if reason == ENDED else 0.0)
-        settle(StateLock(state_dir, daemon), command, reason)
+        settle([*command, "--because", reason, "--daemon", pid, "--frozen", ",".join(watch.leases)])
 
 
 if __name__ == "__main__":

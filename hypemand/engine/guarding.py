@@ -1,12 +1,14 @@
 """The daemon's end of the guard: starts it, starts another when it dies, and keeps freeze leases with it."""
 
 import fcntl
+import math
 import os
 import secrets
 import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import structlog
@@ -18,13 +20,14 @@ from hypemand.engine.leases import NoGuardError
 
 START_S = 10.0
 """How long a guard may take to say hello."""
-ACKNOWLEDGE_S = 10.0
+ACKNOWLEDGE_S = 5.0
+"""How long it may take to acknowledge a lease, before another one is asked."""
 GOODBYE_S = 2.0
+"""How long it may take to end."""
 AGAIN_S = 1.0
+"""From the start of one to that of the next, at least."""
 _INBOX, _OUTBOX = 3, 4
 """What the guard's ends of the pipes are numbered there."""
-OWNER = "HYPEMAND_OWNER"
-"""In the environment of the daemon's children that must not outlive it: the guard kills them with it."""
 _log = structlog.get_logger()
 
 
@@ -53,18 +56,24 @@ class _Link:
             self.kill()
 
     def kill(self) -> None:
-        """End it. Its process id stays its own until `ended`."""
-        signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+        """End it, if it has not ended yet."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
-    async def ended(self) -> None:
-        """Wait until it has ended, and it is no more."""
-        await trio.lowlevel.wait_readable(self.pidfd)
-        os.waitpid(self.pid, 0)  # noqa: ASYNC222 - it has ended
+    async def ended(self, within_s: float) -> bool:
+        """Whether it ends within so many seconds; then nothing is left of it."""
+        with trio.move_on_after(within_s):
+            await trio.lowlevel.wait_readable(self.pidfd)
+            with suppress(ChildProcessError):
+                os.waitpid(self.pid, 0)  # noqa: ASYNC222 - it has ended
+            return True
+        return False
 
     async def close(self) -> None:
         """Close the pipes: one that lives acts on that."""
         os.close(self.outbox)
         await self.inbox.aclose()
+        os.close(self.pidfd)
 
 
 @define(eq=False)
@@ -76,7 +85,6 @@ class Guarding:
         settle_command: What the guard has settle open runs, with absolute paths.
     """
 
-    state_dir: Path
     settle_command: Sequence[str]
     wanted: bool = True
     _leases: dict[str, _Lease] = field(init=False, factory=dict)
@@ -94,6 +102,10 @@ class Guarding:
         """Have a guard, or none; one that goes is waited for by the leases that it has."""
         self.wanted = wanted
         self._changed.set()
+
+    @property
+    def _is_needed(self) -> bool:
+        return self.wanted or bool(self._leases)
 
     async def check(self) -> None:
         """See `Leases.check`: waits for one that starts."""
@@ -113,10 +125,11 @@ class Guarding:
             raise
 
     async def _acknowledged(self, lease: _Lease) -> None:
-        if await _comes(lease.acknowledged):
-            return
-        if self._link is not None:
-            self._link.kill()  # it does not answer; the next one may
+        for _ in range(2):
+            if await _comes(lease.acknowledged):
+                return
+            if self._link is not None:
+                self._link.kill()  # it does not answer; the next one may, and is told of all leases
         raise self._missing()
 
     def _missing(self) -> NoGuardError:
@@ -137,14 +150,14 @@ class Guarding:
 
     async def serve(self) -> None:
         """Keep a guard alive while one is wanted. Cancelled, it is dismissed, unless a lease is still open."""
-        os.environ[OWNER] = token = f"{os.getpid()}-{secrets.token_hex(8)}"
+        os.environ[guard.OWNER] = token = f"{os.getpid()}-{secrets.token_hex(8)}"
         try:
             while True:
-                while not self.wanted:
+                while not self._is_needed:
                     await self._next_change()
                 await self._serve_one(token)
         finally:
-            os.environ.pop(OWNER, None)
+            os.environ.pop(guard.OWNER, None)
 
     async def _serve_one(self, token: str) -> None:
         """One guard, from its start to its end."""
@@ -155,7 +168,7 @@ class Guarding:
             self._trouble = f"it can't be started: {error}"
         else:
             await self._keep(link)
-        if self.wanted:
+        if self._is_needed:
             _log.error("the guard is gone; another one is started", why=self._trouble, leases=len(self._leases))
             await trio.sleep(max(0.0, began + AGAIN_S - time.monotonic()))
 
@@ -174,36 +187,39 @@ class Guarding:
             if self._ready.is_set():
                 self._ready = trio.Event()
             with trio.CancelScope(shield=True):
-                await (self._part_from(link) if not gone else self._bury(link))
+                await (self._bury(link) if gone else self._part_from(link))
 
     async def _part_from(self, link: _Link) -> None:
         """Without a goodbye it acts when its pipe is closed: right while a guest may be frozen."""
-        if self._leases:
-            await link.close()
-            os.close(link.pidfd)
-            return
-        link.tell("goodbye")
-        with trio.move_on_after(GOODBYE_S):
-            await trio.lowlevel.wait_readable(link.pidfd)
-        await self._bury(link)
+        if not self._leases:
+            link.tell("goodbye")
+            if not await link.ended(GOODBYE_S):
+                link.kill()
+                await link.ended(GOODBYE_S)
+        await link.close()
 
     @staticmethod
     async def _bury(link: _Link) -> None:
         link.kill()
-        await link.ended()
+        await link.ended(GOODBYE_S)
         await link.close()
-        os.close(link.pidfd)
 
     def _start(self, token: str) -> _Link:
         theirs_in, ours_out = os.pipe()
         ours_in, theirs_out = os.pipe()
         os.set_blocking(ours_out, False)
         try:
-            arguments = [str(_INBOX), str(_OUTBOX), str(os.getpid()), token, str(self.state_dir.absolute())]
+            arguments = [str(_INBOX), str(_OUTBOX), str(os.getpid()), token]
             pid = _spawn(
                 [sys.executable, "-I", "-S", guard.__file__, *arguments, *self.settle_command],
                 {_INBOX: theirs_in, _OUTBOX: theirs_out},
             )
+            try:
+                pidfd = os.pidfd_open(pid)
+            except OSError:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                raise
         except BaseException:
             os.close(ours_in)
             os.close(ours_out)
@@ -211,7 +227,7 @@ class Guarding:
         finally:
             os.close(theirs_in)
             os.close(theirs_out)
-        return _Link(pid, os.pidfd_open(pid), trio.lowlevel.FdStream(ours_in), ours_out)
+        return _Link(pid, pidfd, trio.lowlevel.FdStream(ours_in), ours_out)
 
     async def _listen(self, link: _Link) -> None:
         """Do what the guard says, until it ends or does not say hello."""
@@ -222,13 +238,13 @@ class Guarding:
             async for data in link.inbox:
                 *lines, rest = (rest + data).split(b"\n")
                 for line in lines:
-                    starting.deadline = float("inf")
+                    starting.deadline = math.inf
                     self._obey(link, *line.decode().split())
             self._trouble = "it has ended"
         if starting.cancelled_caught:
             link.kill()
 
-    def _obey(self, link: _Link, word: str, run_id: str = "") -> None:
+    def _obey(self, link: _Link, word: str, subject: str = "") -> None:
         if word == "hello":
             self._trouble = "it has not answered"
             for run, lease in self._leases.items():
@@ -236,12 +252,12 @@ class Guarding:
             self._ready.set()
             _log.debug("guard in place", pid=link.pid)
         elif word == "ping":
-            link.tell("pong")
-        elif word == "ack" and run_id in self._leases:
-            self._leases[run_id].acknowledged.set()
+            link.tell(f"pong {subject}")
+        elif word == "ack" and subject in self._leases:
+            self._leases[subject].acknowledged.set()
 
     async def _dismiss_unwanted(self, link: _Link, listening: trio.CancelScope) -> None:
-        while self.wanted or self._leases:
+        while self._is_needed:
             await self._next_change()
         _log.info("the guard is switched off", pid=link.pid)
         listening.cancel()
@@ -265,7 +281,7 @@ def _spawn(command: list[str], descriptors: Mapping[int, int]) -> int:
         return os.posix_spawn(
             command[0],
             command,
-            {name: value for name, value in os.environ.items() if name != OWNER},
+            {name: value for name, value in os.environ.items() if name != guard.OWNER},
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDWR, 0),
                 (os.POSIX_SPAWN_DUP2, 0, 1),
@@ -281,6 +297,10 @@ def _spawn(command: list[str], descriptors: Mapping[int, int]) -> int:
 def settle_command(state_dir: Path, log_level: str, log_format: str) -> list[str]:
     """The command that settles all open runs in *state_dir*, in a fresh process of this same hypemand."""
     package = Path(__file__).parents[1]
-    bootstrap = f"import sys; sys.path.insert(0, {str(package.parent)!r}); from hypemand.settle import main; main()"
+    # Behind the standard library, before whatever else is called hypemand.
+    where = "next((i for i, p in enumerate(sys.path) if p.endswith('lib-dynload')), -1) + 1"
+    bootstrap = (
+        f"import sys; sys.path.insert({where}, {str(package.parent)!r}); from hypemand.settle import main; main()"
+    )
     options = ["--log-level", log_level, "--log-format", log_format]
     return [sys.executable, "-P", "-c", bootstrap, str(state_dir.absolute()), *options]

@@ -1,17 +1,25 @@
 """Settling open runs without a daemon: what ``hypemand recover`` does."""
 
+from contextlib import suppress
+
+import structlog
 import trio
 from attrs import frozen
 
+from hypemand.backends.base import BackendError
 from hypemand.config import Config
+from hypemand.core.errors import InvalidInput
+from hypemand.core.model import RunStarted
 from hypemand.engine.engine import Engine, this_machine
 from hypemand.engine.fleet import new_fleet
+from hypemand.state.codec import NewerFormatError
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockHeldError, LockOwner, take_lock
 from hypemand.state.replay import under_way
-from hypemand.state.runlog import read_log
+from hypemand.state.runlog import LogContent, read_log
 from hypemand.state.scan import scan_schedules
 
+_log = structlog.get_logger()
 PATIENCE_S = 30.0
 PAUSE_S = 1.0
 BESIDE_S = 5.0
@@ -50,14 +58,76 @@ async def recover(config: Config) -> Recovered:
         lock.release()
 
 
-async def settle_held(config: Config, patience_s: float) -> Recovered:
-    """Settle every open run in the state of *config*, whose lock the caller holds; keeps trying for *patience_s*."""
+async def settle_held(config: Config, patience_s: float, *, frozen: frozenset[str] | None = None) -> Recovered:
+    """Settle every open run in the state of *config*, whose lock the caller holds; keeps trying for *patience_s*.
+
+    What keeps runs from being recorded keeps no guest from being thawed.
+
+    Args:
+        frozen: The runs whose guests stand still, where that is known for sure.
+
+    Raises:
+        NewerFormatError: A schedule is that of a later version; the runs were settled nevertheless.
+        OSError: The run log can't be read, or is not the one that has the runs of *frozen*.
+    """
+    disk = Disk()
+    log = await disk.call(read_log, config.state_dir, disk)
+    if unknown := (frozen or frozenset()) - {line.run_id for line in log.started()}:
+        raise OSError(f"no run {', '.join(sorted(unknown))} in {config.state_dir}: is its filesystem mounted?")
     async with trio.open_nursery() as background:
         engine = Engine(config, new_fleet(config.state_dir), this_machine(), background)
-        await engine.load()
-        result = await _settle(engine, patience_s)
+        engine.recovery.frozen = frozen
+        background.start_soon(_give_up_after, engine, patience_s)
+        newer = await _load_what_can_be(engine)
+        if engine.runlog.is_open:
+            result = await _settle(engine, patience_s)
+        else:
+            result = await _settle_unrecorded(engine, log)
         await engine.close()
+        background.cancel_scope.cancel()
+    if newer is not None and frozen is None:
+        raise newer
     return result
+
+
+async def _give_up_after(engine: Engine, seconds: float) -> None:
+    await trio.sleep(seconds)
+    engine.give_up.set()
+
+
+async def _load_what_can_be(engine: Engine) -> NewerFormatError | None:
+    """Load the state; if need be the run log alone, or nothing. Returns what a newer version has written."""
+    newer = None
+    try:
+        await engine.load()
+    except NewerFormatError as error:
+        newer = error
+    except OSError as error:
+        _log.error("the state can't be loaded; guests are thawed first", error=str(error))
+    if not engine.runlog.is_open:
+        with suppress(OSError):  # as said above
+            await engine.runlog.open()
+    return newer
+
+
+async def _settle_unrecorded(engine: Engine, log: LogContent) -> Recovered:
+    """Settle what is open, though nothing can be written down: that is done when it can."""
+    left: list[str] = []
+
+    async def settle(run: RunStarted) -> None:
+        try:
+            settled = await engine.recovery.ask_backend(run)
+            outcome = (
+                "its guest was found frozen and was resumed" if settled.resumed else "its guest does not stand still"
+            )
+        except (BackendError, InvalidInput) as error:
+            outcome = str(error)
+        left.append(f"{run.instance_id}: run {run.run_id}: {outcome}; not recorded, the state can't be written")
+
+    async with trio.open_nursery() as nursery:
+        for run in log.open_runs().values():
+            nursery.start_soon(settle, run)
+    return Recovered("open runs can't be recorded", tuple(left))
 
 
 async def _settle(engine: Engine, patience_s: float) -> Recovered:

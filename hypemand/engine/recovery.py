@@ -43,7 +43,11 @@ _CRASHED = LeftOpen("hypemand was killed or crashed during the run", thawed=Fals
 
 @define(kw_only=True)
 class Recovery:
-    """Settles open runs. One run is settled by one task at a time."""
+    """Settles open runs. One run is settled by one task at a time.
+
+    Attributes:
+        frozen: The runs whose guests stand still, where that is known for sure.
+    """
 
     clock: Clock
     runlog: RunLog
@@ -52,6 +56,7 @@ class Recovery:
     patience: Patience
     leases: Leases
     boot_id: str
+    frozen: frozenset[str] | None = None
     left_open: dict[str, LeftOpen] = field(factory=dict)
     settling: set[str] = field(factory=set)
     handed_over: trio.Event = field(factory=trio.Event)
@@ -79,7 +84,7 @@ class Recovery:
         self.settling.add(run.run_id)
         try:
             async with limiter:
-                settled = await self._ask_backend(run)
+                settled = await self.ask_backend(run)
             with trio.CancelScope(shield=True):
                 await self.recorder.finished(self._interrupted(run, settled), run.trigger)
             self.left_open.pop(run.run_id, None)
@@ -93,7 +98,8 @@ class Recovery:
         finally:
             self.settling.discard(run.run_id)
 
-    async def _ask_backend(self, run: RunStarted) -> Settled:
+    async def ask_backend(self, run: RunStarted) -> Settled:
+        """Have *run* settled by its backend, without recording it."""
         settled = None
         async with self.fleet.reconnect(run.backend, run.connection) as backend:
             ours = self.is_ours(run)
@@ -108,6 +114,8 @@ class Recovery:
 
     def is_ours(self, run: RunStarted) -> bool:
         """Whether a pause that is found now can only be that of *run*."""
+        if self.frozen is not None:
+            return run.run_id in self.frozen
         if run.run_id in self.left_open and self.left_open[run.run_id].thawed:
             return False
         if run.boot_id and run.boot_id == self.boot_id:

@@ -1,6 +1,7 @@
 """The lock on the state directory: whoever changes state holds it, and is named in it."""
 
 import contextlib
+import errno
 import fcntl
 import os
 from datetime import UTC, datetime
@@ -50,14 +51,18 @@ class StateLock:
         self._descriptor = descriptor
 
     @classmethod
-    def acquire(cls, state_dir: Path, role: str) -> "StateLock":
+    def acquire(cls, state_dir: Path, role: str, *, create: bool = True) -> "StateLock":
         """Take the lock, and write *role* and our process id into it.
+
+        Args:
+            create: Whether its file may be new. Where a daemon was, there is one: without it, that is not the place.
 
         Raises:
             LockHeldError: Somebody else has it; tells who.
+            OSError: It can't be opened.
         """
         path = state_dir / "lock"
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        descriptor = _open(path, create=create)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             with contextlib.suppress(OSError):  # a full disk keeps nobody from thawing guests
@@ -76,6 +81,30 @@ class StateLock:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _open(path: Path, *, create: bool) -> int:
+    flags = os.O_CLOEXEC | os.O_NOFOLLOW
+    try:
+        return os.open(path, flags | os.O_RDWR | (os.O_CREAT if create else 0), 0o600)
+    except OSError as error:
+        if error.errno != errno.EROFS:
+            raise
+        return os.open(path, flags | os.O_RDONLY)  # enough to lock it: guests have to be thawed all the same
+
+
+def lock_holder(state_dir: Path) -> int | None:
+    """Process id of who took the lock of *state_dir*, which may live on in a remnant alone; None where that is unknown.
+
+    The name in the file may be that of the owner before.
+    """
+    try:
+        inode = (state_dir / "lock").stat().st_ino
+        held = [line.split() for line in Path("/proc/locks").read_text().splitlines() if " FLOCK " in line]
+        pids = {int(pid) for _, _, _, _, pid, file, *_ in held if int(file.rpartition(":")[2]) == inode}
+    except (OSError, ValueError):
+        return None
+    return pids.pop() if len(pids) == 1 else None
 
 
 def lock_owner(state_dir: Path) -> LockOwner | None:

@@ -135,6 +135,11 @@ class RunLog:
         self._open: dict[str, RunStarted] = {}
 
     @property
+    def is_open(self) -> bool:
+        """Whether lines can be appended."""
+        return self._descriptor >= 0
+
+    @property
     def open_runs(self) -> tuple[RunStarted, ...]:
         """Runs that were started and not finished, oldest first."""
         return tuple(self._open.values())
