@@ -190,6 +190,7 @@ class RunStarted:
         next_run_at: The schedule's next slot after this run.
         freezes: Who freezes the guest, or None where it does not run.
         connection: Type and settings of the backend at that time.
+        boot_s: *started_at* on the boot-time clock: with it a wall clock that jumped meanwhile is found out.
     """
 
     run_id: str
@@ -207,6 +208,7 @@ class RunStarted:
     freezes: Freezer | None
     boot_id: str
     connection: Mapping[str, Any]
+    boot_s: float | None = None
     extra: Extra = Factory(dict)
 
 

@@ -141,6 +141,7 @@ class Attempt:
             freezes=found.steps.frozen_by(ready.freezes).freezes,
             boot_id=means.boot_id,
             connection=self.backend.connection,
+            boot_s=round(means.clock.boot_s(), 6),
         )
         _log.info(
             "capture begins",

@@ -1,10 +1,11 @@
 """Wall clock, boot-time clock and time zone, and the watch that notices when the wall clock jumps."""
 
 import ctypes
+import itertools
 import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Protocol
@@ -115,10 +116,23 @@ class ClockWatch:
         self._doubt: _Doubt | None = None
         self.jumps = 0
 
-    def check_start(self, last_recorded: datetime | None) -> None:
-        """Compare the clock with *last_recorded*, the latest instant in the state."""
+    def check_start(self, last_recorded: datetime | None, of_this_boot: Iterable[tuple[datetime, float]] = ()) -> None:
+        """Compare the clock with *last_recorded*, the latest instant in the state, and with what both clocks showed.
+
+        Args:
+            of_this_boot: Instants of this boot on wall and boot-time clock, oldest first. The process that saw a
+                jump may be gone, and one between two processes was seen by nobody.
+        """
         if last_recorded is None:
             return
+        self._compare(last_recorded)
+        for before, after in itertools.pairwise([*of_this_boot, (self._clock.now(), self._clock.boot_s())]):
+            jump = (after[0] - before[0]) - timedelta(seconds=after[1] - before[1])
+            if abs(jump) > JUMP:
+                self._doubt = _Doubt(after[1], abs(jump))
+                _log.warning("the clock jumped before this start; pruning by age waits", **self._told(jump))
+
+    def _compare(self, last_recorded: datetime) -> None:
         by = self._clock.now() - last_recorded
         if by < timedelta(0):
             self._doubt = _Doubt(self._clock.boot_s(), -by)

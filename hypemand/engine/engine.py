@@ -2,7 +2,7 @@
 
 import math
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime
 
 import structlog
@@ -28,7 +28,7 @@ from hypemand.engine.space import Measure, Space, measure
 from hypemand.state.codec import Line
 from hypemand.state.files import Disk
 from hypemand.state.replay import lay_over, remembered
-from hypemand.state.runlog import LogContent, RunLog
+from hypemand.state.runlog import LogContent, RunLog, read_log
 from hypemand.state.store import Store
 
 LAST_THAW_S = 5.0
@@ -83,6 +83,7 @@ class Engine:
         self._background = background
         self._applying = trio.Lock()
         self._look_now = trio.Event()
+        self._settled = trio.Event()
         clock, patience = outside.clock, outside.patience
         self.give_up = trio.Event()
         self.watch = ClockWatch(clock)
@@ -99,7 +100,7 @@ class Engine:
             leases=outside.leases,
             boot_id=outside.boot_id,
         )
-        self._pruner = Pruner(clock, self.watch, patience, self.recorder.made)
+        self._pruner = Pruner(clock, self.watch, patience, self.store, self.recorder.made)
         self.runner = Runner(self._means())
         self.scheduler = Scheduler(
             clock=clock,
@@ -118,6 +119,7 @@ class Engine:
             store=self.store,
             recorder=self.recorder,
             pruner=self._pruner,
+            patience=outside.patience,
             on_removed=lambda instance: self.scheduler.refresh(instance),  # noqa: PLW0108 - it is made later
         )
         return Means(
@@ -149,19 +151,26 @@ class Engine:
         """
         await self.store.load()
         history = await self.runlog.open()
-        self._lay_over(history)
+        self._lay_over(history.lines)
         self.recorder.learn(history.lines)
-        self.watch.check_start(_last_instant(history, self.store))
+        self.watch.check_start(_last_instant(history, self.store), self._of_this_boot(history))
         self._used = await self._used_backends(history)
         self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))
 
-    def _lay_over(self, history: LogContent) -> None:
+    def _of_this_boot(self, history: LogContent) -> list[tuple[datetime, float]]:
+        """What both clocks showed when runs of this boot began."""
+        boot = self._outside.boot_id
+        lines = [line for line in history.started() if boot and line.boot_id == boot]
+        return [(line.started_at, line.boot_s) for line in lines if line.boot_s is not None]
+
+    def _lay_over(self, history: Iterable[Line]) -> None:
         by_instance: dict[InstanceId, list[Line]] = {}
-        for line in history.lines:
+        for line in history:
             by_instance.setdefault(line.instance_id, []).append(line)
         for instance, lines in by_instance.items():
             schedule = self.store.schedules.get(instance)
-            if schedule is not None and (after := lay_over(schedule, lines)) != schedule:
+            now = self._outside.clock.now()
+            if schedule is not None and (after := lay_over(schedule, lines, now=now)) != schedule:
                 self.store.hold(after)
 
     async def _used_backends(self, history: LogContent) -> frozenset[str]:
@@ -177,13 +186,17 @@ class Engine:
         it then goes on while the others are served.
         """
         opened = self._use_backends()
-        with trio.move_on_after(START_PATIENCE_S):
-            await opened.wait()
-        with trio.move_on_after(START_PATIENCE_S):
-            await self.recovery.settle_all()
-        await self._reconcile(None)
-        with trio.move_on_after(START_PATIENCE_S) as looking:
-            await self._look()
+        async with trio.open_nursery() as settling:
+            # First of all, and all along: a guest may stand still, whatever else is slow.
+            settling.start_soon(self._keep_settling)
+            with trio.move_on_after(START_PATIENCE_S):
+                await self._settled.wait()
+            with trio.move_on_after(START_PATIENCE_S):
+                await opened.wait()
+            await self._reconcile(None)
+            with trio.move_on_after(START_PATIENCE_S) as looking:
+                await self._look()
+            settling.cancel_scope.cancel()
         if looking.cancelled_caught:
             self._look_now.set()
         self._warn_of_clock()
@@ -269,7 +282,19 @@ class Engine:
     async def reread(self) -> None:
         """Take in schedule files that were edited by hand."""
         async with self._applying:
-            for instance in await self.store.reread():
+            unreadable = self.store.unreadable_instances
+            missed = LogContent()
+            if unreadable:  # first: what could not be read at the start knows nothing of the runs since then
+                disk = self._outside.disk
+                try:
+                    missed = await disk.call(read_log, self.config.state_dir, disk)
+                except OSError as error:
+                    _log.error("schedules not read again: the run log is unreadable", error=str(error))
+                    return
+            changed = await self.store.reread()
+            came = changed & unreadable
+            self._lay_over(line for line in missed.lines if line.instance_id in came)
+            for instance in changed:
                 _log.info("schedule file read again", instance_id=instance)
                 self.scheduler.refresh(instance)
 
@@ -291,10 +316,12 @@ class Engine:
             with trio.move_on_after(self._outside.tempo.discover_s) as waiting:
                 await self._look_now.wait()
             self._look_now = trio.Event()
-            if self.store.unreadable:
+            unread = bool(self.store.unreadable)
+            if unread:
                 await self.reread()
             self._use_backends()
-            if any(entry.is_pattern for entry in self.config.schedules) or not waiting.cancelled_caught:
+            # A file that could not be read may turn out to be invalid, or gone: the config's schedule is made anew.
+            if unread or any(entry.is_pattern for entry in self.config.schedules) or not waiting.cancelled_caught:
                 await self._look()
 
     async def _keep_settling(self) -> None:
@@ -304,6 +331,7 @@ class Engine:
             self.recovery.handed_over = trio.Event()
             busy = frozenset(progress.run_id for progress in self.runner.active.values())
             left = await self.recovery.settle_all(busy)
+            self._settled.set()
             # What was handed over a moment ago may still be busy with its own run.
             more = bool(left or self.recovery.left_open)
             with trio.move_on_after(pause_s if more else math.inf):

@@ -1,16 +1,17 @@
 """Instances that are gone: when that is certain, and what then becomes of their schedules."""
 
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import datetime, timedelta
 
 import structlog
 from attrs import evolve
 
-from hypemand.backends.base import Backend
+from hypemand.backends.base import Backend, BackendError
 from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, ManagedBy, Schedule
 from hypemand.core.retention import outlived
 from hypemand.engine.clock import Clock, ClockWatch
+from hypemand.engine.limits import Patience, answer
 from hypemand.engine.pruning import Pruner, PruneResult
 from hypemand.engine.recorder import Recorder
 from hypemand.state.store import Store
@@ -35,6 +36,7 @@ class GoneWatch:
         store: Store,
         recorder: Recorder,
         pruner: Pruner,
+        patience: Patience,
         on_removed: Callable[[InstanceId], None],
     ) -> None:
         self._clock = clock
@@ -42,6 +44,7 @@ class GoneWatch:
         self._store = store
         self._recorder = recorder
         self._pruner = pruner
+        self._patience = patience
         self._on_removed = on_removed
 
     async def found(self, instance: InstanceId) -> None:
@@ -65,9 +68,24 @@ class GoneWatch:
             return
         if now - schedule.gone_since_at < CERTAIN_AFTER or self._watch.why_age_waits(CERTAIN_AFTER):
             return
+        if await self._existed_since(backend, schedule, now):
+            await self._recorder.put(evolve(schedule, gone_since_at=now))
+            return
         await self._pruner.prune(backend, schedule, protected=(), result=result)
         if not result.errors and outlived(result.left, schedule.retention):
             await self._end(schedule)
+
+    async def _existed_since(self, backend: Backend, schedule: Schedule, now: datetime) -> bool:
+        """Whether a snapshot was made of the instance after it is said to have gone: a clock was wrong then."""
+        instance = schedule.instance_id
+        try:
+            listed = await answer("list", self._patience.answer_s, lambda: backend.list_snapshots(instance))
+        except BackendError:
+            return False  # the pruning will say so
+        dates = [snapshot.created_at for snapshot in listed if snapshot.created_at <= now]
+        return (
+            schedule.gone_since_at is not None and max(dates, default=schedule.gone_since_at) > schedule.gone_since_at
+        )
 
     async def _end(self, schedule: Schedule) -> None:
         if schedule.managed_by is ManagedBy.CONFIG:

@@ -3,13 +3,15 @@
 from collections.abc import Callable, Collection, Sequence
 
 import structlog
+import trio
 from attrs import define, field
 
 from hypemand.backends.base import Backend, BackendError
-from hypemand.core.model import InstanceId, Pruned, Schedule, Snapshot
+from hypemand.core.model import InstanceId, Pruned, Retention, Schedule, Snapshot
 from hypemand.core.retention import Expired, future_dated, scheduled_only, select_expired, without_age
 from hypemand.engine.clock import Clock, ClockWatch
 from hypemand.engine.limits import Patience, answer
+from hypemand.state.store import Store
 
 DELETE_TIMEOUT_S = 600.0
 _log = structlog.get_logger()
@@ -34,11 +36,17 @@ class Pruner:
     """Applies the retention of a schedule."""
 
     def __init__(
-        self, clock: Clock, watch: ClockWatch, patience: Patience, made: Callable[[InstanceId], Sequence[str]]
+        self,
+        clock: Clock,
+        watch: ClockWatch,
+        patience: Patience,
+        store: Store,
+        made: Callable[[InstanceId], Sequence[str]],
     ) -> None:
         self._clock = clock
         self._watch = watch
         self._patience = patience
+        self._store = store
         self._made = made
 
     async def prune(
@@ -46,7 +54,10 @@ class Pruner:
     ) -> None:
         """Delete the scheduled snapshots that *schedule* no longer keeps, oldest first.
 
-        A failure keeps the others from nothing.
+        A failure keeps the others from nothing; a hypervisor that does not
+        answer at all ends it. Decided anew before each: a deletion may take
+        minutes, and meanwhile the clock may jump, and somebody may want to
+        keep more, or take the schedule out.
 
         Args:
             protected: Ids that stay whatever the retention says.
@@ -58,33 +69,49 @@ class Pruner:
         except BackendError as error:
             result.errors.append(f"snapshots can't be listed: {error}")
             return
-        snapshots = scheduled_only(instance, listed)
-        for expired in self._expired(schedule, snapshots, protected):
-            await self._delete(backend, expired, result)
-        gone = {pruned.snapshot_id for pruned in result.pruned}
-        result.left = [snapshot for snapshot in snapshots if snapshot.id not in gone]
+        result.left = [*scheduled_only(instance, listed)]
+        self._warn(schedule, result.left, protected)
+        tried: set[str] = set()
+        while (current := self._store.schedules.get(instance)) is not None:
+            expired = [one for one in self._expired(current, result.left, protected) if one.snapshot.id not in tried]
+            if not expired:
+                break
+            tried.add(expired[0].snapshot.id)
+            began = trio.current_time()
+            await self._delete(backend, expired[0], result)
+            if trio.current_time() - began >= DELETE_TIMEOUT_S:
+                break
 
-    def _expired(
-        self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]
-    ) -> tuple[Expired, ...]:
-        now, retention = self._clock.now(), schedule.retention
-        for ahead in future_dated(snapshots, now):
+    def _warn(self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]) -> None:
+        """Log what stands in the way of the retention."""
+        for ahead in future_dated(snapshots, self._clock.now()):
             _log.warning(
                 "snapshot dated in the future: neither counted nor deleted",
                 instance_id=schedule.instance_id,
                 snapshot_id=ahead.id,
                 snapshot_name=ahead.name,
             )
-        made = self._made(schedule.instance_id)
-        expired = select_expired(snapshots, retention, now=now, protected=protected, made=made)
-        why = self._watch.why_age_waits(schedule.interval) if retention.max_age else None
-        if why is None:
-            return expired
-        certain = select_expired(snapshots, without_age(retention), now=now, protected=protected, made=made)
-        if len(certain) < len(expired):
-            waiting = len(expired) - len(certain)
+        wanted = self._select(schedule, schedule.retention, snapshots, protected)
+        waiting = len(wanted) - len(self._expired(schedule, snapshots, protected))
+        if waiting:
+            why = self._why_age_waits(schedule)
             _log.warning("pruning by age waits", instance_id=schedule.instance_id, snapshots=waiting, why=why)
-        return certain
+
+    def _why_age_waits(self, schedule: Schedule) -> str | None:
+        return self._watch.why_age_waits(schedule.interval) if schedule.retention.max_age else None
+
+    def _expired(
+        self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]
+    ) -> tuple[Expired, ...]:
+        waits = self._why_age_waits(schedule) is not None
+        retention = without_age(schedule.retention) if waits else schedule.retention
+        return self._select(schedule, retention, snapshots, protected)
+
+    def _select(
+        self, schedule: Schedule, retention: Retention, snapshots: Collection[Snapshot], protected: Collection[str]
+    ) -> tuple[Expired, ...]:
+        made = self._made(schedule.instance_id)
+        return select_expired(snapshots, retention, now=self._clock.now(), protected=protected, made=made)
 
     async def _delete(self, backend: Backend, expired: Expired, result: PruneResult) -> None:
         snapshot = expired.snapshot
@@ -102,3 +129,4 @@ class Pruner:
             result.errors.append(f"{snapshot.name}: {error}")
         else:
             result.pruned.append(Pruned(snapshot.id, expired.reasons))
+            result.left.remove(snapshot)

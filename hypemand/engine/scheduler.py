@@ -108,6 +108,7 @@ class Scheduler:
         self._newest.pop(instance, None)
         if schedule is None or not schedule.settings.enabled:
             return
+        schedule = self._anchored(schedule)
         due_at = schedule.next_run_at
         begun = self._begun.get(instance)
         if begun is not None and due_at <= begun:
@@ -199,18 +200,24 @@ class Scheduler:
             self.refresh(instance)
 
     def _reanchor_all(self) -> None:
-        now = self._clock.now()
         for schedule in [*self._store.schedules.values()]:
-            at = reanchor(schedule, now)
-            if at != schedule.next_run_at:
-                _log.warning(
-                    "next run was further away than one interval; brought back onto its grid",
-                    instance_id=schedule.instance_id,
-                    was=format_instant(schedule.next_run_at),
-                    at=format_instant(at),
-                )
-                self._store.hold(evolve(schedule, next_run_at=at))
+            if self._anchored(schedule) is not schedule:
                 self.refresh(schedule.instance_id)
+
+    def _anchored(self, schedule: Schedule) -> Schedule:
+        """*schedule*, its next run not further away than one interval: else a clock was wrong, or an editor."""
+        at = reanchor(schedule, self._clock.now())
+        if at == schedule.next_run_at:
+            return schedule
+        _log.warning(
+            "next run was further away than one interval; brought back onto its grid",
+            instance_id=schedule.instance_id,
+            was=format_instant(schedule.next_run_at),
+            at=format_instant(at),
+        )
+        anchored = evolve(schedule, next_run_at=at)
+        self._store.hold(anchored)
+        return anchored
 
 
 def _awaits_first_run(schedule: Schedule) -> bool:

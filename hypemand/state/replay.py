@@ -1,6 +1,7 @@
 """The run log laid over a schedule: what a crash kept from the schedule's own file."""
 
 from collections.abc import Iterable
+from datetime import datetime
 
 from attrs import evolve
 
@@ -10,15 +11,18 @@ from hypemand.state.codec import Line
 from hypemand.state.lock import LockOwner
 
 
-def lay_over(schedule: Schedule, lines: Iterable[Line]) -> Schedule:
+def lay_over(schedule: Schedule, lines: Iterable[Line], *, now: datetime | None = None) -> Schedule:
     """*schedule* with what *lines* say later than it does.
 
     Args:
         lines: Those of its instance, in the order of the log. Lines from
             before the schedule was made belong to an earlier one.
+        now: Where it is known: a schedule that was made later than that was
+            made under a wrong clock, and its date tells nothing.
     """
+    misdated = now is not None and schedule.created_at > now
     for line in lines:
-        if line.started_at >= schedule.created_at:
+        if misdated or line.started_at >= schedule.created_at:
             schedule = _lay_line(schedule, line)
     return schedule
 

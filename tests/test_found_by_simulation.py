@@ -1,0 +1,234 @@
+"""What the simulation found in the engine, each as a small case of its own."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import orjson
+import trio
+from attrs import define
+from trio.testing import MockClock
+
+from hypemand.backends.base import BackendUnavailable, InstanceNotFound
+from hypemand.core.model import InstanceId, Snapshot
+from hypemand.engine.clock import ClockWatch
+from tests.disks import FaultyDisk
+from tests.fakes import START, FakeBackend, FakeClock
+from tests.world import entry, world
+
+HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
+WEB = InstanceId("web-1")
+TEN_YEARS = timedelta(days=3652)
+FILE = "web-1.json"
+
+
+async def test_a_jump_that_another_process_saw_is_still_doubted(autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    await trio.sleep(100)
+    before = (clock.now(), clock.boot_s())
+    clock.jump(TEN_YEARS)
+    await trio.sleep(100)
+    after = (clock.now(), clock.boot_s())
+    await trio.sleep(1)
+    watch = ClockWatch(clock)
+    watch.check_start(after[0], [before, after])
+    assert watch.why_age_waits(HOUR) is not None
+    trusting = ClockWatch(clock)
+    trusting.check_start(after[0], [after])
+    assert trusting.why_age_waits(HOUR) is None
+
+
+async def test_a_restart_after_a_jump_prunes_nothing_by_age(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    kept = entry("web-1", HOUR, first_run="now", max_age=2 * HOUR)
+    async with world(tmp_path, kept, backends=[fake], clock=clock):
+        await trio.sleep(60)
+        clock.jump(TEN_YEARS)
+        await trio.sleep(2 * 3600)
+    assert len(fake.names("web-1")) > 1
+    oldest = fake.names("web-1")[0]
+    async with world(tmp_path, kept, backends=[fake], clock=clock, first_id=100) as w:
+        await trio.sleep(3700)
+        assert w.history()[-1].outcome == "succeeded"
+        assert oldest in fake.names("web-1")
+
+
+@define(eq=False)
+class SlowToDelete(FakeBackend):
+    """Takes ten minutes less a bit for each deletion."""
+
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        await trio.sleep(500)
+        await super().delete_snapshot(snapshot)
+
+
+async def test_what_somebody_wants_to_keep_during_a_slow_deletion_is_kept(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = SlowToDelete(clock)
+    fake.add("web-1")
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock) as w:
+        await trio.sleep(4 * 3600 + 60)
+        await w.apply(entry("web-1", HOUR, first_run="now", max_count=2))
+        await trio.sleep(3600)  # the first of four deletions is under way
+        assert len(fake.names("web-1")) == 6
+        await w.apply(entry("web-1", HOUR, first_run="now", max_count=20))
+        await trio.sleep(3000)
+        assert len(fake.names("web-1")) == 5
+        assert len(w.history()[-1].pruned) == 1
+
+
+async def test_a_deletion_that_gets_no_answer_ends_the_pruning_of_its_run(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
+        await trio.sleep(4 * 3600 + 60)
+        w.backend.fail("delete_snapshot", "*")
+        await w.apply(entry("web-1", HOUR, first_run="now", max_count=1))
+        await trio.sleep(3600 + 600)
+        assert w.outcomes() == ["succeeded"] * 6
+        assert "did not answer" in (w.history()[-1].error or "")
+        w.backend.heal("delete_snapshot", "*")
+        await trio.sleep(3600)
+        assert len(w.backend.names("web-1")) == 1
+
+
+async def test_a_backend_that_is_slow_to_open_keeps_no_guest_frozen(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock, capture_s=10)
+    fake.add("web-1")
+    web = entry("web-1", HOUR, first_run="now")
+    async with world(tmp_path, web, backends=[fake], clock=clock) as w:
+        fake.fail("resume", "*", BackendUnavailable("busy"))
+        await trio.sleep(5)
+        assert WEB in fake.frozen
+        w.engine.give_up.set()
+    fake.heal("resume", "*")
+    fake.fail("open", "*")
+    fake.fail("open", "first_use=False")
+    thawed_at: list[float] = []
+
+    async def look() -> None:
+        while WEB in fake.frozen:
+            await trio.sleep(0.1)
+        thawed_at.append(trio.current_time() - began)
+
+    async with trio.open_nursery() as nursery:
+        assert WEB in fake.frozen
+        began = trio.current_time()
+        nursery.start_soon(look)
+        async with world(tmp_path, web, backends=[fake], clock=clock, first_id=100):
+            await trio.sleep(1)
+        nursery.cancel_scope.cancel()
+    assert thawed_at
+    assert thawed_at[0] < 1
+
+
+async def _a_run(tmp_path: Path, clock: FakeClock, fake: FakeBackend) -> bytes:
+    """One run; the schedule's file as it was before."""
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock) as w:
+        before = (w.engine.store.directory / FILE).read_bytes()
+        await trio.sleep(60)
+    return before
+
+
+async def test_a_file_that_is_read_late_does_not_repeat_a_run_of_the_log(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    before = await _a_run(tmp_path, clock, fake)
+    (tmp_path / "schedules" / FILE).write_bytes(before)  # a crash came before the file was written
+    disk = FaultyDisk()
+    disk.fail("read", name=FILE)
+    async with world(
+        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
+    ) as w:
+        await trio.sleep(1)
+        assert WEB not in w.engine.store.schedules
+        disk.heal()
+        await trio.sleep(100)
+        assert w.schedule("web-1").next_run_at == START + HOUR
+        assert w.outcomes() == ["succeeded"]
+
+
+async def test_a_file_that_turns_out_to_be_invalid_late_is_made_anew(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    await _a_run(tmp_path, clock, fake)
+    (tmp_path / "schedules" / FILE).write_bytes(b"{")
+    disk = FaultyDisk()
+    disk.fail("read", name=FILE)
+    async with world(
+        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
+    ) as w:
+        disk.heal()
+        await trio.sleep(3700)
+        assert WEB in w.engine.store.schedules
+        assert w.outcomes() == ["succeeded"] * 2
+
+
+async def test_a_file_that_is_read_late_runs_within_one_interval(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    await _a_run(tmp_path, clock, fake)
+    path = tmp_path / "schedules" / FILE
+    document = orjson.loads(path.read_bytes())
+    document["next_run_at"] = "2036-03-09T02:00:00Z"
+    path.write_bytes(orjson.dumps(document))
+    disk = FaultyDisk()
+    disk.fail("read", name=FILE)
+    async with world(
+        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
+    ) as w:
+        disk.heal()
+        await trio.sleep(3700)
+        assert w.outcomes() == ["succeeded"] * 2
+
+
+async def test_an_instance_that_was_missed_under_a_wrong_clock_is_not_taken_for_long_gone(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    await _a_run(tmp_path, clock, fake)
+    taken = fake.names("web-1")
+    path = tmp_path / "schedules" / FILE
+    document = orjson.loads(path.read_bytes())
+    document["gone_since_at"] = "1970-01-22T02:00:00Z"  # it was missed while the clock stood there
+    path.write_bytes(orjson.dumps(document))
+    fake.fail("state", "web-1", InstanceNotFound("no instance"))
+    kept = entry("web-1", HOUR, first_run="now", max_age=8 * MINUTE)
+    async with world(tmp_path, kept, backends=[fake], clock=clock, first_id=100) as w:
+        await trio.sleep(20 * 3600)
+        assert w.outcomes() == ["succeeded"] + ["failed"] * 20
+        assert fake.names("web-1") == taken
+        await trio.sleep(30 * 3600)
+        assert fake.names("web-1") == []  # by now it is gone for a day
+
+
+async def test_a_schedule_that_was_made_under_a_clock_ahead_repeats_no_run_after_a_crash(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    path = tmp_path / "schedules" / FILE
+    clock.jump(timedelta(days=1))
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake], clock=clock):
+        await trio.sleep(60)
+        clock.jump(timedelta(days=-1))
+        await trio.sleep(60)
+        before = path.read_bytes()
+        while not fake.names("web-1"):
+            await trio.sleep(60)
+    path.write_bytes(before)  # a crash came before the file was written
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake], clock=clock, first_id=100) as w:
+        await trio.sleep(60)
+        assert w.outcomes() == ["succeeded"]
