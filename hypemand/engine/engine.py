@@ -2,21 +2,21 @@
 
 import math
 import secrets
-from collections.abc import Callable, Iterable
-from datetime import datetime
+from collections.abc import Callable
 
 import structlog
 import trio
 from attrs import field, frozen
 
 from hypemand.config import Config
-from hypemand.core.model import InstanceId, RunFinished
+from hypemand.core.model import InstanceId
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
 from hypemand.engine.leases import Leases, NoLeases
 from hypemand.engine.limits import Patience
 from hypemand.engine.means import Means
+from hypemand.engine.past import clocks_of_boot, last_instant, lay_over_all, used_backends
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.reconcile import Discovery, Reconciler, discover
 from hypemand.engine.recorder import Recorder
@@ -25,9 +25,8 @@ from hypemand.engine.runner import Runner
 from hypemand.engine.scheduler import Scheduler
 from hypemand.engine.slots import Slots
 from hypemand.engine.space import Measure, Space, measure
-from hypemand.state.codec import Line
 from hypemand.state.files import Disk
-from hypemand.state.replay import lay_over, remembered
+from hypemand.state.replay import remembered
 from hypemand.state.runlog import LogContent, RunLog, read_log
 from hypemand.state.store import Store
 
@@ -151,33 +150,12 @@ class Engine:
         """
         await self.store.load()
         history = await self.runlog.open()
-        self._lay_over(history.lines)
+        lay_over_all(self.store, history.lines, self._outside.clock.now())
         self.recorder.learn(history.lines)
-        self.watch.check_start(_last_instant(history, self.store), self._of_this_boot(history))
-        self._used = await self._used_backends(history)
+        of_this_boot = clocks_of_boot(history, self._outside.boot_id)
+        self.watch.check_start(last_instant(history, self.store), of_this_boot)
+        self._used = await used_backends(history, self.store)
         self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))
-
-    def _of_this_boot(self, history: LogContent) -> list[tuple[datetime, float]]:
-        """What both clocks showed when runs of this boot began."""
-        boot = self._outside.boot_id
-        lines = [line for line in history.started() if boot and line.boot_id == boot]
-        return [(line.started_at, line.boot_s) for line in lines if line.boot_s is not None]
-
-    def _lay_over(self, history: Iterable[Line]) -> None:
-        by_instance: dict[InstanceId, list[Line]] = {}
-        for line in history:
-            by_instance.setdefault(line.instance_id, []).append(line)
-        for instance, lines in by_instance.items():
-            schedule = self.store.schedules.get(instance)
-            now = self._outside.clock.now()
-            if schedule is not None and (after := lay_over(schedule, lines, now=now)) != schedule:
-                self.store.hold(after)
-
-    async def _used_backends(self, history: LogContent) -> frozenset[str]:
-        """Names of backends through which something was captured before: their directories must be there already."""
-        schedules = [*self.store.schedules.values(), *await self.store.all_retired()]
-        of_schedules = {s.backend for s in schedules if s.backend and s.last_snapshot_id}
-        return frozenset(of_schedules | {line.backend for line in history.started()})
 
     async def start(self) -> None:
         """Settle what a crash left behind, and bring the schedules in line with the config.
@@ -293,7 +271,8 @@ class Engine:
                     return
             changed = await self.store.reread()
             came = changed & unreadable
-            self._lay_over(line for line in missed.lines if line.instance_id in came)
+            of_them = (line for line in missed.lines if line.instance_id in came)
+            lay_over_all(self.store, of_them, self._outside.clock.now())
             for instance in changed:
                 _log.info("schedule file read again", instance_id=instance)
                 self.scheduler.refresh(instance)
@@ -347,14 +326,3 @@ class Engine:
         await self.recovery.settle_all(busy)
         self._settled.set()
         done.set()
-
-
-def _last_instant(history: LogContent, store: Store) -> datetime | None:
-    """The moment that was recorded last. A start before it, or long after it, may have a wrong clock.
-
-    What a wrong clock recorded before that is past: another clock has been trusted since.
-    """
-    if history.lines:
-        last = history.lines[-1]
-        return last.finished_at if isinstance(last, RunFinished) else last.started_at
-    return max((schedule.updated_at for schedule in store.schedules.values()), default=None)

@@ -1,0 +1,45 @@
+"""What run log and schedules tell of the time before this start."""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from hypemand.core.model import InstanceId, RunFinished
+from hypemand.state.codec import Line
+from hypemand.state.replay import lay_over
+from hypemand.state.runlog import LogContent
+from hypemand.state.store import Store
+
+
+def lay_over_all(store: Store, lines: Iterable[Line], now: datetime) -> None:
+    """Bring the schedules of *store* up to what *lines* of the run log tell of their runs."""
+    by_instance: dict[InstanceId, list[Line]] = {}
+    for line in lines:
+        by_instance.setdefault(line.instance_id, []).append(line)
+    for instance, of_it in by_instance.items():
+        schedule = store.schedules.get(instance)
+        if schedule is not None and (after := lay_over(schedule, of_it, now=now)) != schedule:
+            store.hold(after)
+
+
+def clocks_of_boot(history: LogContent, boot_id: str) -> list[tuple[datetime, float]]:
+    """What wall and boot-time clock showed when runs of this boot began, oldest first."""
+    lines = [line for line in history.started() if boot_id and line.boot_id == boot_id]
+    return [(line.started_at, line.boot_s) for line in lines if line.boot_s is not None]
+
+
+def last_instant(history: LogContent, store: Store) -> datetime | None:
+    """The moment that was recorded last. A start before it, or long after it, may have a wrong clock.
+
+    What a wrong clock recorded before that is past: another clock has been trusted since.
+    """
+    if history.lines:
+        last = history.lines[-1]
+        return last.finished_at if isinstance(last, RunFinished) else last.started_at
+    return max((schedule.updated_at for schedule in store.schedules.values()), default=None)
+
+
+async def used_backends(history: LogContent, store: Store) -> frozenset[str]:
+    """Names of backends through which something was captured before: their directories must be there already."""
+    schedules = [*store.schedules.values(), *await store.all_retired()]
+    of_schedules = {s.backend for s in schedules if s.backend and s.last_snapshot_id}
+    return frozenset(of_schedules | {line.backend for line in history.started()})
