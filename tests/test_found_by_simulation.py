@@ -11,6 +11,7 @@ from trio.testing import MockClock
 from hypemand.backends.base import BackendUnavailable, InstanceNotFound
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.engine.clock import ClockWatch
+from hypemand.state.runlog import RunLog
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.world import entry, world
@@ -232,3 +233,36 @@ async def test_a_schedule_that_was_made_under_a_clock_ahead_repeats_no_run_after
     async with world(tmp_path, entry("web-1", HOUR), backends=[fake], clock=clock, first_id=100) as w:
         await trio.sleep(60)
         assert w.outcomes() == ["succeeded"]
+
+
+async def test_a_run_whose_hypervisor_hangs_holds_up_no_other_that_is_to_be_settled(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock, capture_s=10)
+    fake.add("web-1", "web-2")
+    both = [entry(name, HOUR, first_run="now") for name in ("web-1", "web-2")]
+    async with world(tmp_path, *both, backends=[fake], clock=clock) as w:
+        fake.fail("resume", "*", BackendUnavailable("busy"))
+        await trio.sleep(5)
+        w.engine.give_up.set()
+    assert fake.frozen == {WEB, InstanceId("web-2")}
+    fake.heal("resume", "*")
+    fake.fail("settle", "web-2")
+    fake.fail("settle", "web-1", BackendUnavailable("busy"), times=1)
+    async with world(tmp_path, *both, backends=[fake], clock=clock, first_id=100, serve=False):
+        await trio.sleep(0)
+        assert fake.frozen == {InstanceId("web-2")}
+
+
+async def test_lines_that_a_killed_process_did_not_sync_are_durable_before_they_count(tmp_path: Path) -> None:
+    disk = FaultyDisk()
+    log = RunLog(tmp_path, disk)
+    await log.open()
+    log.close()
+    (tmp_path / "runs.jsonl").write_bytes(b'{"event": "unknown"}\n')
+    disk.forget()
+    again = RunLog(tmp_path, disk)
+    await again.open()
+    again.close()
+    assert ("sync", 21) in disk.order

@@ -327,17 +327,26 @@ class Engine:
     async def _keep_settling(self) -> None:
         tempo = self._outside.tempo
         pause_s = tempo.settle_first_s
-        while True:
-            self.recovery.handed_over = trio.Event()
-            busy = frozenset(progress.run_id for progress in self.runner.active.values())
-            left = await self.recovery.settle_all(busy)
-            self._settled.set()
-            # What was handed over a moment ago may still be busy with its own run.
-            more = bool(left or self.recovery.left_open)
-            with trio.move_on_after(pause_s if more else math.inf):
-                await self.recovery.handed_over.wait()
-            waits = more and not self.recovery.is_urgent
-            pause_s = min(2 * pause_s, tempo.settle_most_s) if waits else tempo.settle_first_s
+        async with trio.open_nursery() as rounds:
+            while True:
+                self.recovery.handed_over = trio.Event()
+                busy = frozenset(progress.run_id for progress in self.runner.active.values())
+                done = trio.Event()
+                rounds.start_soon(self._settle_round, busy, done)
+                with trio.move_on_after(pause_s):  # a run whose hypervisor hangs holds up no other's next try
+                    await done.wait()
+                left = any(run.run_id not in busy for run in self.runlog.open_runs)
+                # What was handed over a moment ago may still be busy with its own run.
+                more = left or bool(self.recovery.left_open)
+                with trio.move_on_after(pause_s if more else math.inf):
+                    await self.recovery.handed_over.wait()
+                waits = more and not self.recovery.is_urgent
+                pause_s = min(2 * pause_s, tempo.settle_most_s) if waits else tempo.settle_first_s
+
+    async def _settle_round(self, busy: frozenset[str], done: trio.Event) -> None:
+        await self.recovery.settle_all(busy)
+        self._settled.set()
+        done.set()
 
 
 def _last_instant(history: LogContent, store: Store) -> datetime | None:

@@ -62,15 +62,11 @@ async def settle_held(config: Config, patience_s: float) -> Recovered:
 
 async def _settle(engine: Engine, patience_s: float) -> Recovered:
     runs = len(engine.runlog.open_runs)
-    errors: list[str] = []
+    errors: dict[str, str] = {}
     with trio.move_on_after(patience_s):
-        while True:
-            errors = await engine.recovery.settle_all()
-            if not errors:
-                break
-            await trio.sleep(PAUSE_S)
+        await engine.recovery.settle_each(PAUSE_S, errors)
     left = engine.runlog.open_runs
-    unsaid = [f"{run.instance_id}: run {run.run_id}: no answer" for run in left] if left and not errors else errors
+    unsaid = [errors.get(run.run_id, f"{run.instance_id}: run {run.run_id}: no answer") for run in left]
     summary = f"{runs - len(left)} of {runs} open runs settled" if runs else "no open runs"
     return Recovered(summary, tuple(unsaid))
 

@@ -69,11 +69,13 @@ class Pruner:
         except BackendError as error:
             result.errors.append(f"snapshots can't be listed: {error}")
             return
-        result.left = [*scheduled_only(instance, listed)]
-        self._warn(schedule, result.left, protected)
+        snapshots = scheduled_only(instance, listed)
+        result.left = [*snapshots]
+        self._warn(schedule, snapshots, protected)
         tried: set[str] = set()
         while (current := self._store.schedules.get(instance)) is not None:
-            expired = [one for one in self._expired(current, result.left, protected) if one.snapshot.id not in tried]
+            # From all that were there: next to those that are deleted by now, a wrong date is seen to be wrong.
+            expired = [one for one in self._expired(current, snapshots, protected) if one.snapshot.id not in tried]
             if not expired:
                 break
             tried.add(expired[0].snapshot.id)

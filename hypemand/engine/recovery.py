@@ -75,6 +75,29 @@ class Recovery:
                     nursery.start_soon(self._settle, run, limiter, left)
         return left
 
+    async def settle_each(self, pause_s: float, errors: dict[str, str]) -> None:
+        """Settle every open run, each tried again by itself until it holds: one that hangs holds up no other.
+
+        Args:
+            errors: Takes, by run, why it is not settled yet.
+        """
+        limiter = trio.CapacityLimiter(AT_ONCE)
+
+        async def keep_on(run: RunStarted) -> None:
+            while left := await self._left_of(run, limiter):
+                errors[run.run_id] = left[0]
+                await trio.sleep(pause_s)
+            errors.pop(run.run_id, None)
+
+        async with trio.open_nursery() as nursery:
+            for run in self.runlog.open_runs:
+                nursery.start_soon(keep_on, run)
+
+    async def _left_of(self, run: RunStarted, limiter: trio.CapacityLimiter) -> list[str]:
+        left: list[str] = []
+        await self._settle(run, limiter, left)
+        return left
+
     async def _settle(self, run: RunStarted, limiter: trio.CapacityLimiter, left: list[str]) -> None:
         self.settling.add(run.run_id)
         try:

@@ -165,6 +165,8 @@ class RunLog:
             size = os.fstat(descriptor).st_size - torn_bytes
             if torn_bytes:
                 self._disk.truncate(descriptor, size)
+            # What a killed process wrote, and did not wait for, counts from now on: it must not be lost any more.
+            self._disk.sync(descriptor)
         except BaseException:
             os.close(descriptor)
             raise

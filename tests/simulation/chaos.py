@@ -184,7 +184,7 @@ class Chaos:
         rare = 20.0 if operation in ("truncate", "remove", "open_append", "read") else 1.0
         if self.rng.random() >= self.temper.disk_faults * rare:
             return None
-        full = operation in ("write", "open_append") and self.rng.random() < 0.5
+        full = operation in ("write", "open_append", "rename") and self.rng.random() < 0.5
         return self._disk_error(errno.ENOSPC if full else errno.EIO, operation)
 
     def _disk_error(self, number: int, operation: str) -> OSError:

@@ -34,6 +34,7 @@ class Ledger:
     new_grids_at: float = 0.0
     used: dict[str, set[datetime]] = field(factory=dict)
     last: dict[str, datetime] = field(factory=dict)
+    last_snapshot: dict[str, str] = field(factory=dict)
     acked: deque[tuple[str, str]] = field(factory=lambda: deque(maxlen=REMEMBERED))
     wished: dict[str, list[Schedule | None]] = field(factory=dict)
     latest_s: float = 0.0
@@ -55,6 +56,8 @@ class Ledger:
                 self._check_lateness(line)
         elif run_id not in self.finished:
             self.finished[run_id] = line
+            if line["snapshot_id"]:
+                self.last_snapshot[instance] = line["snapshot_id"]
             self.open.pop(run_id, None)
             self._check_slot(line)
 

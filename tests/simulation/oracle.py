@@ -18,6 +18,8 @@ RETRY_S = 1.5
 """What the engine waits between two tries to resume or to settle, and the answers take."""
 SELDOM_S = 30.0
 """How seldom, at most, it is tried to settle a run of an earlier boot, which may not be ours to thaw any more."""
+UNDER_WAY_S = 5.0
+"""How long before it takes hold a deletion may have been asked for."""
 GIVEN_UP_S = 700.0
 """After so long a deletion that hangs is given up, and the run goes on to its record."""
 AHEAD = timedelta(minutes=5)
@@ -124,8 +126,7 @@ class Oracle:
             return
         if ("finished", run_id) in self.world.platter.lines:
             self.fail(1, "a pause for a run that is over", f"{instance} run {run_id}")
-        life = self.world.life
-        if self.world.has_guard and life.role == "daemon" and not life.dead and run_id not in life.leased:
+        if self.world.has_guard and run_id not in self.world.leased:
             self.fail(1, "a pause without a lease", f"{instance} run {run_id}")
         budget_s = float(str(line["max_freeze_s"]))
         self.frozen[hypervisor.name, instance] = Frozen(run_id, trio.current_time(), budget_s, self.world.boot)
@@ -197,7 +198,9 @@ class Oracle:
             ours = [s for s in listed if s.id in self.true_created]
             if ours and snapshot.id == max(ours, key=lambda s: self.true_created[s.id]).id:
                 return "the newest snapshot was deleted"
-            if self.world.durable_last_snapshot(instance) == snapshot.id:
+            logged = self.world.ledger.last_snapshot.get(instance, snapshot.id)
+            is_stale = self.true_created[logged] > self.true_created[snapshot.id]  # a start lays the log over the file
+            if self.world.durable_last_snapshot(instance) == snapshot.id and not is_stale:
                 return "the snapshot was deleted that the schedule's file names"
         if not any(self._is_expired(snapshot, listed, kept) for kept in self.world.retentions(instance)):
             return "a snapshot was deleted that its retention keeps"
@@ -205,7 +208,10 @@ class Oracle:
 
     def _is_expired(self, snapshot: Snapshot, listed: list[Snapshot], kept: Retention) -> bool:
         clock = self.world.clock
-        dated = [s for s in listed if s.created_at <= clock.now() + AHEAD and self._is_scheduled(s)]
+        jumped_at = self.world.events.jumped_at
+        by_another_clock = jumped_at is not None and trio.current_time() - jumped_at < UNDER_WAY_S
+        dated = [s for s in listed if by_another_clock or s.created_at <= clock.now() + AHEAD]
+        dated = [s for s in dated if self._is_scheduled(s)]
         if snapshot not in dated:
             return False
         by_date = {s.id for s in dated if (s.created_at, s.id) > (snapshot.created_at, snapshot.id)}
@@ -213,10 +219,13 @@ class Oracle:
         # The run log tells in what order they were made, as far back as it goes; before that only dates do.
         if kept.max_count and len(by_date | by_truth) >= kept.max_count:
             return True
-        if not kept.max_age or self.world.clock_is_suspicious(snapshot.instance_id):
+        if not kept.max_age:
             return False
-        if not clock.is_wrong and snapshot.id not in self.misdated:
-            return clock.true_now() - self.true_created[snapshot.id] > kept.max_age - NOTICED
+        if clock.true_now() - self.true_created[snapshot.id] > kept.max_age - NOTICED:
+            return True
+        is_right = not clock.is_wrong and snapshot.id not in self.misdated
+        if is_right or self.world.clock_is_suspicious(snapshot.instance_id):
+            return False
         # The clock was wrong for longer than the design distrusts it, or was before the process began.
         self.by_wrong_clock += 1
         return clock.now() - snapshot.created_at > kept.max_age - NOTICED

@@ -51,11 +51,11 @@ class SimLeases:
         await life.gate()
         life.check()
         self._guarded()
-        self.life.leased.add(run_id)
+        self.life.world.leased.add(run_id)
         chaos.crash_point(life, "lease", "after")
 
     def close(self, run_id: str) -> None:
-        self.life.leased.discard(run_id)
+        self.life.world.leased.discard(run_id)
 
 
 @define(eq=False)
@@ -69,7 +69,6 @@ class Life:
     hung: trio.Event | None = None
     loaded_at: float = math.inf
     reads_late: bool = False
-    leased: set[str] = field(factory=set)
     engine: Engine | None = None
     background: trio.Nursery | None = None
     scope: trio.CancelScope = field(factory=trio.CancelScope)
@@ -125,8 +124,7 @@ class Life:
     async def _settle(self, engine: Engine) -> None:
         """As ``recover`` does it; see `hypemand.engine.offline`."""
         with trio.move_on_after(PATIENCE_S):
-            while await engine.recovery.settle_all():
-                await trio.sleep(PAUSE_S)
+            await engine.recovery.settle_each(PAUSE_S, {})
         await engine.close()
 
     def _fleet(self) -> Fleet:

@@ -42,6 +42,7 @@ class World:
     """One seed's world. Make it, `run` it, and read `oracle.violation` and the figures.
 
     Attributes:
+        leased: Runs whose freeze the guard knows of, also those of processes that are dead.
         has_guard: A dead daemon's open runs are settled within a second.
         is_local: Hypemand and the guests share a host: a power cut stops them all.
     """
@@ -59,6 +60,7 @@ class World:
         self.is_local = rng.random() < 0.6
         self.boot = 1
         self.crashes = 0
+        self.leased: set[str] = set()
         self.lives = itertools.count(1)
         self.last_events: deque[str] = deque(maxlen=TOLD)
         self._digest = hashlib.sha256()
@@ -153,7 +155,9 @@ class World:
 
     def retentions(self, instance: str) -> list[Retention]:
         since = trio.current_time() - OLD_WISH_S
-        return [kept for until, kept in self.kept.get(instance, []) if until >= since]
+        # What was asked for without an answer, or edited behind the daemon's back, may or may not hold.
+        wished = [wish.retention for wish in self.ledger.wished.get(instance, []) if wish is not None]
+        return [kept for until, kept in self.kept.get(instance, []) if until >= since] + wished
 
     def keeps(self, instance: str, retention: Retention) -> None:
         """From now on *instance* has *retention*; for a while runs may still go by the one before."""
