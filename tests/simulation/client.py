@@ -80,11 +80,9 @@ class Client:
         life.check()
         trouble.crash_point(life, step, "before")
         fault = trouble.hypervisor_fault(self.name, step)
-        await trio.sleep(trouble.slow() if fault == "slow" else trouble.answer_delay(self.name))
+        await self._take_time(instance, fault)
         await life.gate()
         life.check()
-        if fault == "slow":
-            trouble.in_trouble(self.name, instance, trio.current_time())
         if fault in ("error", "hang") or not hypervisor.available:
             await self._no_answer(step, instance, fault or "unavailable")
         if fault == "late":
@@ -103,6 +101,16 @@ class Client:
             await self._no_answer(step, instance, fault)
         trouble.told(step, instance, "ok")
         return result
+
+    async def _take_time(self, instance: str, fault: str | None) -> None:
+        if fault != "slow":
+            await trio.sleep(self._trouble.answer_delay(self.name))
+            return
+        self._trouble.in_trouble(self.name, instance, math.inf)
+        try:
+            await trio.sleep(self._trouble.slow())
+        finally:
+            self._trouble.in_trouble(self.name, instance, trio.current_time())
 
     async def _no_answer(self, step: str, instance: str, fault: str) -> None:
         self._trouble.told(step, instance, fault)
