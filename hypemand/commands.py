@@ -298,6 +298,8 @@ def _config_or_state_dir(options: argparse.Namespace) -> "Config":
         path, config, problems = _load(options)
     except CommandError as error:
         state_dir = default_state_dir()
+        if not state_dir.exists() and (options.config or os.environ.get("HYPEMAND_CONFIG")):
+            raise  # "nothing to recover" would be said of another state than the one that was meant
         _warn([f"{error}; going on with the state in {state_dir}"])
         return Config(state_dir)
     if config is not None:

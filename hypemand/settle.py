@@ -9,6 +9,7 @@ import structlog
 import trio
 
 from hypemand.config import Config, LogConfig, LogFormat, LogLevel
+from hypemand.engine.recovery import CRASHED
 from hypemand.engine.takeover import TakeOver
 from hypemand.surface.log import set_up_log
 
@@ -23,7 +24,10 @@ def main() -> NoReturn:
     log = structlog.get_logger()
     frozen = frozenset(filter(None, options.frozen.split(",")))
     log.critical("the guard settles open runs", why=options.because, frozen=len(frozen))
-    take_over = TakeOver(Config(options.state_dir), options.daemon, frozen)
+    crashed = CRASHED
+    if "did not answer" in options.because:
+        crashed = f"{options.because.replace('the daemon', 'hypemand', 1)} and was killed by its guard during the run"
+    take_over = TakeOver(Config(options.state_dir), options.daemon, frozen, crashed)
     try:
         result = trio.run(take_over.settle, PATIENCE_S)
     except* Exception as errors:  # noqa: BLE001 - the next try may do better

@@ -102,6 +102,7 @@ class FakeBackend:
         size_bytes, whole_bytes: Of a snapshot after `capture`, and after a `complete` that takes time.
         measured_s: The freeze as the hypervisor itself measures it, where the engine freezes; told by `capture`.
         measured_late_s: The same, told by `complete`.
+        settled_freeze_s: How long the guest was frozen, as `settle` tells it.
         rooms, prepared_as, warnings: Parts of every `Preparation`. *captured_warnings*: those of every `Captured`,
             *completed_warnings*: those that `complete` has instead.
         requests: What `make_ready`, `pause` and `capture` were asked for, with the call's name.
@@ -128,6 +129,7 @@ class FakeBackend:
     whole_bytes: int = 1000
     measured_s: float | None = None
     measured_late_s: float | None = None
+    settled_freeze_s: float | None = None
     rooms: tuple[Room, ...] = (Room(Path("/fake"), 100),)
     prepared_as: Freezer | None = None
     warnings: tuple[str, ...] = ()
@@ -278,7 +280,7 @@ class FakeBackend:
             self._thaw(run.instance_id)
         machine.unpublished.pop(run.run_id, None)
         machine.saving.discard(run.run_id)
-        return Settled(machine.snapshots.get(run.run_id), resumed)
+        return Settled(machine.snapshots.get(run.run_id), resumed, self.settled_freeze_s)
 
     async def aclose(self) -> None:
         self.closed = True

@@ -1,5 +1,6 @@
 """The guard process by itself: what it says, when it acts, whom it kills, and what it costs."""
 
+import itertools
 import json
 import os
 import signal
@@ -271,6 +272,16 @@ async def test_what_could_not_be_settled_is_tried_again_until_it_is(tmp_path: Pa
         (tmp_path / "settled.status").write_text("0")
         await gone(made)
         assert len(made.settlings) >= 3
+
+
+async def test_while_a_guest_may_be_frozen_the_tries_follow_each_other(tmp_path: Path) -> None:
+    async with guarded(tmp_path, status=1) as made:
+        await made.lease("r1", 60)
+        made.owner.kill()
+        made.hang_up()
+        times = [float(str((await made.settled(number))["at"])) for number in range(1, 6)]
+        gaps = [after - before for before, after in itertools.pairwise(times)]
+        assert max(gaps) < 3.0
 
 
 MISSING = "sys.argv[-3] = sys.argv[-1] + '.python'"

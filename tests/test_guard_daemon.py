@@ -12,6 +12,7 @@ from hypemand.engine import guard, guarding
 from hypemand.engine.guarding import Guarding
 from hypemand.engine.leases import NoGuardError
 from hypemand.state.lock import lock_owner
+from tests.kills.processes import slow_machine_s
 from tests.processes import (
     ALONE,
     RUN_NOW,
@@ -42,7 +43,8 @@ async def the_guard(daemon: DaemonProcess) -> int:
 
 async def guest_runs_again(lab: Lab, since: float) -> None:
     await wait_until(lambda: lab.guest_state() == "Running", "the guest runs again", within_s=20)
-    assert time.monotonic() - since < SOON_S
+    took_s = time.monotonic() - since
+    assert took_s < max(SOON_S, await slow_machine_s())
 
 
 async def assert_settled_by_the_guard(lab: Lab, daemon: DaemonProcess) -> None:
@@ -78,6 +80,7 @@ async def test_a_daemon_that_is_stopped_in_mid_freeze_is_replaced_at_the_end_of_
         await assert_settled_by_the_guard(lab, daemon)
     (told,) = daemon.logged("the guard settles open runs")
     assert "did not answer" in told["why"]
+    assert "was killed by its guard during the run" in lab.history()[0]["error"]
 
 
 async def test_a_guard_that_dies_in_mid_freeze_is_replaced_by_one_that_knows_of_the_freeze(lab: Lab) -> None:
@@ -105,6 +108,19 @@ async def test_a_guard_that_dies_is_replaced_before_the_next_freeze(lab: Lab) ->
         assert await the_guard(daemon) != first
         await daemon.stop()
     assert [run["outcome"] for run in lab.history()] == ["succeeded"] * 2
+
+
+async def test_a_guard_that_hangs_in_mid_freeze_is_replaced_by_one_that_knows_of_the_freeze(lab: Lab) -> None:
+    async with running_daemon(lab.write(backend=SLOW).config) as daemon:
+        first = await the_guard(daemon)
+        await lab.in_mid_capture()
+        os.kill(first, signal.SIGSTOP)
+        await wait_until(lambda: guards_of(daemon.pid) not in ([], [first]), "there is another guard")
+        await trio.sleep(1)  # it is told of the freeze
+        killed_at = time.monotonic()
+        await daemon.kill()
+        await guest_runs_again(lab, killed_at)
+        await assert_settled_by_the_guard(lab, daemon)
 
 
 async def test_a_guard_that_hangs_is_replaced_and_costs_no_run(lab: Lab) -> None:
@@ -143,7 +159,7 @@ async def test_a_guest_that_can_not_be_resumed_before_the_daemon_has_to_end_is_l
         daemon.send(signal.SIGTERM)
         assert await daemon.ended() == 0
         assert "guest left frozen" in [line["event"] for line in daemon.lines()]
-        assert len(guards_of(daemon.pid)) == 1
+        assert guards_of(daemon.pid) != []
         away.rename(lab.root)
         await wait_until(lambda: lab.guest_state() == "Running", "the guest runs again")
         await assert_settled_by_the_guard(lab, daemon)

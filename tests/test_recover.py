@@ -203,3 +203,10 @@ async def test_with_a_config_that_can_not_be_read_open_runs_are_settled_by_what_
     assert (done.status, done.stdout) == (0, "3 of 3 open runs settled\n")
     assert "going on with the state in" in done.stderr
     assert_settled_once(lab)
+
+
+async def test_a_config_that_is_named_and_not_there_is_no_success(lab: Lab) -> None:
+    lab.directory.mkdir(exist_ok=True)
+    wrong = await run_cli("recover", "-c", lab.directory / "typo.toml", env={"STATE_DIRECTORY": str(lab.state)})
+    assert (wrong.status, wrong.stdout) == (78, "")
+    assert "typo.toml can't be read" in wrong.stderr

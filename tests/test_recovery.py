@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import trio
 from attrs import evolve
+from structlog.typing import EventDict
 from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable
@@ -172,3 +173,47 @@ async def test_whose_lease_was_open_is_known_better_than_by_boot_and_deadline(
         recovery.frozen = frozenset({"another"})
         assert not recovery.is_ours(started(fake))
         assert recovery.is_ours(started(fake, run_id="another", boot_id="before"))
+
+
+async def test_hypervisors_that_hang_keep_no_other_guest_frozen(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    hung, fine = FakeBackend(clock, name="hung"), FakeBackend(clock)
+    names = [f"hung-{number}" for number in range(40)]
+    hung.add(*names)
+    hung.fail("settle", "*")
+    fine.add("web-1")
+    freeze(fine)
+    fine.fail("settle", "web-1", BackendUnavailable("busy"), times=1)
+    lines = [started(hung, run_id=name, instance_id=InstanceId(name)) for name in names]
+    (tmp_path / "runs.jsonl").write_bytes(b"".join(map(encode_line, [*lines, started(fine)])))
+    async with world(tmp_path, entry("web-1", HOUR, backend="fake"), backends=[fine, hung], clock=clock):
+        await trio.sleep(0.1)
+        assert trio.current_time() < 20
+        assert fine.frozen == set()
+        first, second = fine.times("settle", "web-1")
+        assert second - first <= 1.5
+
+
+async def test_what_can_not_be_settled_is_told_once_a_minute(
+    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock, heard_log: list[EventDict]
+) -> None:
+    crash(tmp_path, started(fake))
+    fake.fail("settle", "web-1", BackendUnavailable("busy"))
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake]):
+        await trio.sleep(600)
+        told = [event for event in heard_log if event["event"] == "open run not settled yet"]
+        assert len(fake.times("settle", "web-1")) > 100
+        assert 9 <= len(told) <= 12
+
+
+async def test_a_freeze_that_would_be_negative_is_not_known(
+    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+) -> None:
+    crash(tmp_path, started(fake))
+    freeze(fake)
+    fake.settled_freeze_s = -3600.0
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake]) as w:
+        await trio.sleep(1)
+        (run,) = w.history("web-1")
+        assert (run.freeze_s, run.found_frozen) == (None, True)
+        assert "the clock was set back" in (run.error or "")

@@ -130,7 +130,7 @@ class Settled:
     Attributes:
         snapshot: The complete snapshot of the run, adopted, or None; a partial one is gone.
         resumed: Whether the guest was found frozen by the run and has been resumed.
-        freeze_s: How long it was frozen, where that is known.
+        freeze_s: How long it was frozen, where that is known; negative where the clock was set back meanwhile.
     """
 
     snapshot: Snapshot | None = None

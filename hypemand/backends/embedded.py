@@ -216,7 +216,7 @@ class EmbeddedBackend:
             notes = (str(error),)
         resumed = found is not None and found.frozen_by_us
         paused_at = found.paused_at if found is not None and resumed else None
-        freeze_s = max(0.0, (datetime.now(UTC) - paused_at).total_seconds()) if paused_at is not None else None
+        freeze_s = (datetime.now(UTC) - paused_at).total_seconds() if paused_at is not None else None
         snapshot = await self._in_thread(self._settle_snapshot, run)
         return Settled(snapshot=snapshot, resumed=resumed, freeze_s=freeze_s, notes=notes)
 

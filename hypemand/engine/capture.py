@@ -10,6 +10,7 @@ from attrs import frozen
 
 from hypemand.backends.base import Backend, Captured, CaptureFailed, CaptureRequest, Preparation, Status, Unsupported
 from hypemand.core.cadence import next_slot
+from hypemand.core.duration import format_duration
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import InstanceId, InstanceState, RunStarted, Schedule, Snapshot, Trigger
 from hypemand.core.naming import scheduled_tags, snapshot_name
@@ -78,6 +79,7 @@ class Attempt:
                 budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
                 captured = await self._capture(started, budget, slot)
             captured = await self._complete(captured, budget.capture_timeout_s)
+            self._warn_of_freeze(started, budget)
         await self._publish(captured.snapshot)
 
     async def _inspect(self) -> _Found:
@@ -116,6 +118,18 @@ class Attempt:
         why = why_over_budget(longest, self._max_freeze(found.schedule))
         if why is not None:
             raise OverBudgetError(why)
+
+    def _warn_of_freeze(self, started: RunStarted, budget: Budget) -> None:
+        """Tell at once what keeps the next run from beginning."""
+        freeze_s, freezes = self.progress.freeze.freeze_s, started.freezes
+        if freezes is None or can_abort(self.backend.capabilities, freezes) or (freeze_s or 0.0) <= budget.max_freeze_s:
+            return
+        limit = format_duration(timedelta(seconds=budget.max_freeze_s))
+        warning = (
+            f"the guest stood still for {freeze_s:.1f} s, longer than its max_freeze of {limit}: until that is raised,"
+            " no run begins that could freeze it so again"
+        )
+        self._warn([warning])
 
     def _max_freeze(self, schedule: Schedule) -> timedelta:
         return schedule.settings.max_freeze or self.means.limits().max_freeze

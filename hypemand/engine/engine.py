@@ -317,7 +317,8 @@ class Engine:
                 left = any(run.run_id not in busy for run in self.runlog.open_runs)
                 # What was handed over a moment ago may still be busy with its own run.
                 more = left or bool(self.recovery.left_open)
-                with trio.move_on_after(pause_s if more else math.inf):
+                wait_s = 0.0 if not done.is_set() else pause_s
+                with trio.move_on_after(wait_s if more else math.inf):
                     await self.recovery.handed_over.wait()
                 waits = more and not self.recovery.is_urgent
                 pause_s = min(2 * pause_s, tempo.settle_most_s) if waits else tempo.settle_first_s

@@ -44,8 +44,10 @@ CHILDREN_S = 2.0
 LOOK_S = 0.01
 SETTLE_S = 90.0
 """How long one try to settle may take before it is killed."""
+PAUSE_S = 1.0
+"""Between two tries, while a guest may stand still."""
 LONGEST_PAUSE_S = 30.0
-"""Between two tries."""
+"""The same where none does."""
 OWNER = "HYPEMAND_OWNER"
 """In the environment of processes that must not outlive the one that started them."""
 ENDED = "the daemon has ended"
@@ -202,9 +204,9 @@ class Process:
             return False  # gone, or somebody else's
 
 
-def settle(command: list[str]) -> None:
+def settle(command: list[str], longest_pause_s: float) -> None:
     """Have *command* settle all open runs, again and again until it says that none is left to us (exit status 0)."""
-    pause_s = 1.0
+    pause_s = PAUSE_S
     while True:
         try:
             if _run(command) == 0:
@@ -214,7 +216,7 @@ def settle(command: list[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)  # what could be thawed at once is; the rest may be left to others
         time.sleep(pause_s)
-        pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+        pause_s = min(2 * pause_s, longest_pause_s)
 
 
 def _run(command: list[str]) -> int:
@@ -302,7 +304,8 @@ def main(arguments: list[str]) -> None:
     reason = watch.wait()
     if reason is not None:
         daemon.end(LEAVING_S if reason == ENDED else 0.0)
-        settle([*command, "--because", reason, "--daemon", pid, "--frozen", ",".join(watch.leases)])
+        command += ["--because", reason, "--daemon", pid, "--frozen", ",".join(watch.leases)]
+        settle(command, PAUSE_S if watch.leases else LONGEST_PAUSE_S)
 
 
 if __name__ == "__main__":

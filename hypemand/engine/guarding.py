@@ -22,6 +22,8 @@ START_S = 10.0
 """How long a guard may take to say hello."""
 ACKNOWLEDGE_S = 5.0
 """How long it may take to acknowledge a lease, before another one is asked."""
+SILENT_S = 5.0
+"""In so long it pings, when a guest is frozen."""
 GOODBYE_S = 2.0
 """How long it may take to end."""
 AGAIN_S = 1.0
@@ -91,6 +93,7 @@ class Guarding:
     _link: _Link | None = field(init=False, default=None)
     _ready: trio.Event = field(init=False, factory=trio.Event)
     _changed: trio.Event = field(init=False, factory=trio.Event)
+    _heard: bool = field(init=False, default=False)
     _trouble: str = field(init=False, default="it has not started")
 
     @property
@@ -126,10 +129,11 @@ class Guarding:
 
     async def _acknowledged(self, lease: _Lease) -> None:
         for _ in range(2):
+            asked = self._link
             if await _comes(lease.acknowledged):
                 return
-            if self._link is not None:
-                self._link.kill()  # it does not answer; the next one may, and is told of all leases
+            if asked is not None and asked is self._link:
+                asked.kill()  # it does not answer; the next one may, and is told of all leases
         raise self._missing()
 
     def _missing(self) -> NoGuardError:
@@ -179,6 +183,7 @@ class Guarding:
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._dismiss_unwanted, link, nursery.cancel_scope)
+                nursery.start_soon(self._kill_silent, link)
                 await self._listen(link)
                 gone = True
                 nursery.cancel_scope.cancel()
@@ -245,6 +250,7 @@ class Guarding:
             link.kill()
 
     def _obey(self, link: _Link, word: str, subject: str = "") -> None:
+        self._heard = True
         if word == "hello":
             self._trouble = "it has not answered"
             for run, lease in self._leases.items():
@@ -261,6 +267,14 @@ class Guarding:
             await self._next_change()
         _log.info("the guard is switched off", pid=link.pid)
         listening.cancel()
+
+    async def _kill_silent(self, link: _Link) -> None:
+        """Have a guard replaced that hangs while a guest is frozen: it would ask whether we are there, else."""
+        while True:
+            self._heard = False
+            await trio.sleep(SILENT_S)
+            if not self._heard and any(lease.acknowledged.is_set() for lease in self._leases.values()):
+                link.kill()
 
     async def _next_change(self) -> None:
         self._changed = trio.Event()

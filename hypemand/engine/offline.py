@@ -12,6 +12,7 @@ from hypemand.core.errors import InvalidInput
 from hypemand.core.model import RunStarted
 from hypemand.engine.engine import Engine, this_machine
 from hypemand.engine.fleet import new_fleet
+from hypemand.engine.recovery import CRASHED
 from hypemand.state.codec import NewerFormatError
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockHeldError, LockOwner, take_lock
@@ -58,13 +59,16 @@ async def recover(config: Config) -> Recovered:
         lock.release()
 
 
-async def settle_held(config: Config, patience_s: float, *, frozen: frozenset[str] | None = None) -> Recovered:
+async def settle_held(
+    config: Config, patience_s: float, *, frozen: frozenset[str] | None = None, crashed: str = CRASHED
+) -> Recovered:
     """Settle every open run in the state of *config*, whose lock the caller holds; keeps trying for *patience_s*.
 
     What keeps runs from being recorded keeps no guest from being thawed.
 
     Args:
         frozen: The runs whose guests stand still, where that is known for sure.
+        crashed: Why they are open, for the history.
 
     Raises:
         NewerFormatError: A schedule is that of a later version; the runs were settled nevertheless.
@@ -76,7 +80,7 @@ async def settle_held(config: Config, patience_s: float, *, frozen: frozenset[st
         raise OSError(f"no run {', '.join(sorted(unknown))} in {config.state_dir}: is its filesystem mounted?")
     async with trio.open_nursery() as background:
         engine = Engine(config, new_fleet(config.state_dir), this_machine(), background)
-        engine.recovery.frozen = frozen
+        engine.recovery.frozen, engine.recovery.crashed = frozen, crashed
         background.start_soon(_give_up_after, engine, patience_s)
         newer = await _load_what_can_be(engine)
         if engine.runlog.is_open:

@@ -1,6 +1,7 @@
 """Settling open runs: those that a crash left behind, and those whose hypervisor did not answer in time."""
 
-from datetime import timedelta
+from contextlib import nullcontext
+from datetime import datetime, timedelta
 
 import structlog
 import trio
@@ -19,6 +20,7 @@ from hypemand.state.runlog import RunLog
 PROVABLY_OURS = timedelta(minutes=10)
 """After another boot, how long past its deadline a run may still be the one that froze a guest."""
 AT_ONCE = 8
+TELL_AGAIN = timedelta(minutes=1)
 _log = structlog.get_logger()
 
 
@@ -38,7 +40,7 @@ class LeftOpen:
     warnings: tuple[str, ...] = ()
 
 
-_CRASHED = LeftOpen("hypemand was killed or crashed during the run", thawed=False)
+CRASHED = "hypemand was killed or crashed during the run"
 
 
 @define(kw_only=True)
@@ -47,6 +49,7 @@ class Recovery:
 
     Attributes:
         frozen: The runs whose guests stand still, where that is known for sure.
+        crashed: Why the runs are open that no runner has handed over.
     """
 
     clock: Clock
@@ -57,9 +60,11 @@ class Recovery:
     leases: Leases
     boot_id: str
     frozen: frozenset[str] | None = None
+    crashed: str = CRASHED
     left_open: dict[str, LeftOpen] = field(factory=dict)
     settling: set[str] = field(factory=set)
     handed_over: trio.Event = field(factory=trio.Event)
+    _told: dict[str, tuple[str, datetime]] = field(factory=dict)
 
     def hand_over(self, run: RunStarted, left: LeftOpen) -> None:
         """Take charge of *run*, which its runner could not settle."""
@@ -106,7 +111,7 @@ class Recovery:
     async def _settle(self, run: RunStarted, limiter: trio.CapacityLimiter, left: list[str]) -> None:
         self.settling.add(run.run_id)
         try:
-            async with limiter:
+            async with nullcontext() if self._may_be_frozen(run) else limiter:  # no guest waits in a queue
                 settled = await self.ask_backend(run)
             with trio.CancelScope(shield=True):
                 await self.recorder.finished(self._interrupted(run, settled), run.trigger)
@@ -133,7 +138,10 @@ class Recovery:
     @property
     def is_urgent(self) -> bool:
         """Whether a guest may stand still because of an open run."""
-        return any(run.freezes is Freezer.ENGINE and self.is_ours(run) for run in self.runlog.open_runs)
+        return any(map(self._may_be_frozen, self.runlog.open_runs))
+
+    def _may_be_frozen(self, run: RunStarted) -> bool:
+        return run.freezes is Freezer.ENGINE and self.is_ours(run)
 
     def is_ours(self, run: RunStarted) -> bool:
         """Whether a pause that is found now can only be that of *run*."""
@@ -147,6 +155,11 @@ class Recovery:
         return run.started_at <= self.clock.now() <= deadline + PROVABLY_OURS
 
     def _log_open(self, run: RunStarted, error: str) -> None:
+        """Log why *run* is still open; the same thing once a minute."""
+        now, before = self.clock.now(), self._told.get(run.run_id)
+        if before is not None and before[0] == error and timedelta(0) <= now - before[1] < TELL_AGAIN:
+            return
+        self._told[run.run_id] = (error, now)
         overdue = not self.is_ours(run)
         _log.log(
             50 if overdue else 40,
@@ -159,7 +172,7 @@ class Recovery:
 
     def _interrupted(self, run: RunStarted, settled: Settled) -> RunFinished:
         now = self.clock.now()
-        left = self.left_open.get(run.run_id, _CRASHED)
+        left = self.left_open.get(run.run_id, LeftOpen(self.crashed, thawed=False))
         freeze_s, how_long = self._frozen_for(run, settled, left)
         said = [left.reason]
         if settled.resumed:
@@ -187,11 +200,11 @@ class Recovery:
 
     def _frozen_for(self, run: RunStarted, settled: Settled, left: LeftOpen) -> tuple[float | None, str]:
         """How long the guest stood still, where that is known, and in words, should it have been found so."""
-        if settled.freeze_s is not None:
-            return settled.freeze_s, f"after {settled.freeze_s:.1f} s"
-        if not settled.resumed:
+        if settled.freeze_s is None and not settled.resumed:
             return left.freeze_s, ""
         most_s = (self.clock.now() - run.started_at).total_seconds()
-        if most_s < 0:
+        if most_s < 0 or (settled.freeze_s or 0.0) < 0:
             return None, "after a time that is not known: the clock was set back meanwhile"
+        if settled.freeze_s is not None:
+            return settled.freeze_s, f"after {settled.freeze_s:.1f} s"
         return most_s, f"after at most {most_s:.1f} s, counted from the begin of its run"

@@ -6,6 +6,7 @@ from attrs import define, field
 
 from hypemand.config import Config
 from hypemand.engine.offline import Recovered, settle_held
+from hypemand.engine.recovery import CRASHED
 from hypemand.state.lock import LockHeldError, StateLock, lock_holder
 
 LOOK_S = 0.01
@@ -20,11 +21,13 @@ class TakeOver:
 
     Attributes:
         frozen: Runs whose guests stood still for it; it held leases for them.
+        crashed: How it ended, for the history.
     """
 
     config: Config
     dead: int
     frozen: frozenset[str]
+    crashed: str = CRASHED
     _lock: StateLock | None = field(init=False, default=None)
 
     async def settle(self, patience_s: float) -> Recovered:
@@ -39,7 +42,7 @@ class TakeOver:
         try:
             if self._lock is None:
                 return await self._settle_without_lock(patience_s)
-            return await settle_held(self.config, patience_s, frozen=self.frozen)
+            return await settle_held(self.config, patience_s, frozen=self.frozen, crashed=self.crashed)
         finally:
             if self._lock is not None:
                 self._lock.release()
@@ -48,7 +51,7 @@ class TakeOver:
         result = Recovered("left to another process", ("all: somebody else has taken the state meanwhile",))
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._keep_lock, nursery.cancel_scope)
-            result = await settle_held(self.config, patience_s, frozen=self.frozen)
+            result = await settle_held(self.config, patience_s, frozen=self.frozen, crashed=self.crashed)
             nursery.cancel_scope.cancel()
         return result
 
