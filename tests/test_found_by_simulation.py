@@ -266,3 +266,40 @@ async def test_lines_that_a_killed_process_did_not_sync_are_durable_before_they_
     await again.open()
     again.close()
     assert ("sync", 21) in disk.order
+
+
+async def test_an_instance_that_nobody_asked_for_meanwhile_is_not_taken_for_gone_all_the_time(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    kept = entry("web-1", HOUR, first_run="now", max_age=8 * MINUTE)
+    async with world(tmp_path, kept, backends=[fake], clock=clock) as w:
+        await trio.sleep(600)
+        taken = fake.names("web-1")
+        fake.fail("state", "web-1", InstanceNotFound("no instance"))
+        await trio.sleep(3 * 3600)
+        assert w.schedule("web-1").gone_since_at is not None
+        clock.suspend(timedelta(days=7))  # in which it may have been there, and gone again
+        await trio.sleep(20 * 3600)
+        assert fake.names("web-1") == taken
+        await trio.sleep(30 * 3600)
+        assert fake.names("web-1") == []
+
+
+async def test_a_file_that_a_reload_finds_invalid_is_made_anew(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    await _a_run(tmp_path, clock, fake)
+    (tmp_path / "schedules" / FILE).write_bytes(b"{")
+    disk = FaultyDisk()
+    disk.fail("read", name=FILE)
+    async with world(
+        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
+    ) as w:
+        disk.heal()
+        await w.engine.reread()
+        await trio.sleep(1)
+        assert WEB in w.engine.store.schedules

@@ -273,6 +273,8 @@ class Engine:
             came = changed & unreadable
             of_them = (line for line in missed.lines if line.instance_id in came)
             lay_over_all(self.store, of_them, self._outside.clock.now())
+            if unreadable:
+                self._look_now.set()  # one of them may have turned out to be invalid, or gone: it is made anew
             for instance in changed:
                 _log.info("schedule file read again", instance_id=instance)
                 self.scheduler.refresh(instance)
@@ -299,7 +301,6 @@ class Engine:
             if unread:
                 await self.reread()
             self._use_backends()
-            # A file that could not be read may turn out to be invalid, or gone: the config's schedule is made anew.
             if unread or any(entry.is_pattern for entry in self.config.schedules) or not waiting.cancelled_caught:
                 await self._look()
 

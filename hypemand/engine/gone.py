@@ -16,6 +16,8 @@ from hypemand.engine.pruning import Pruner, PruneResult
 from hypemand.engine.recorder import Recorder
 from hypemand.state.store import Store
 
+LATE = timedelta(minutes=20)
+"""By so much runs may be late, retries included."""
 CERTAIN_AFTER = timedelta(hours=24)
 _log = structlog.get_logger()
 
@@ -63,7 +65,7 @@ class GoneWatch:
         if schedule is None:
             return
         now = self._clock.now()
-        if schedule.gone_since_at is None or schedule.gone_since_at > now:
+        if schedule.gone_since_at is None or schedule.gone_since_at > now or _was_not_asked(schedule, now):
             await self._recorder.put(evolve(schedule, gone_since_at=now))
             return
         if now - schedule.gone_since_at < CERTAIN_AFTER or self._watch.why_age_waits(CERTAIN_AFTER):
@@ -100,3 +102,8 @@ class GoneWatch:
         except OSError as error:
             _log.error("schedule not removed", instance_id=schedule.instance_id, error=str(error))
         self._on_removed(schedule.instance_id)
+
+
+def _was_not_asked(schedule: Schedule, now: datetime) -> bool:
+    """Whether nobody has asked for more than two intervals: meanwhile it may have been there, and gone again."""
+    return schedule.last_run_at is not None and now - schedule.last_run_at > 2 * schedule.interval + LATE
