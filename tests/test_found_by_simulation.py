@@ -266,3 +266,21 @@ async def test_lines_that_a_killed_process_did_not_sync_are_durable_before_they_
     await again.open()
     again.close()
     assert ("sync", 21) in disk.order
+
+
+async def test_a_doubted_clock_does_not_begin_to_count_how_long_an_instance_is_gone(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock) as w:
+        await trio.sleep(60)
+        clock.jump(timedelta(days=-1))
+        fake.fail("state", "web-1", InstanceNotFound("no instance"))
+        await trio.sleep(2 * 3600)
+        assert "no instance" in (w.history()[-1].error or "")
+        assert w.schedule("web-1").gone_since_at is None
+        clock.jump(timedelta(days=1))
+        await trio.sleep(26 * 3600)
+        assert w.schedule("web-1").gone_since_at is not None
