@@ -303,3 +303,21 @@ async def test_a_file_that_a_reload_finds_invalid_is_made_anew(tmp_path: Path, a
         await w.engine.reread()
         await trio.sleep(1)
         assert WEB in w.engine.store.schedules
+
+
+async def test_a_doubted_clock_does_not_begin_to_count_how_long_an_instance_is_gone(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock) as w:
+        await trio.sleep(60)
+        clock.jump(timedelta(days=-1))
+        fake.fail("state", "web-1", InstanceNotFound("no instance"))
+        await trio.sleep(2 * 3600)
+        assert "no instance" in (w.history()[-1].error or "")
+        assert w.schedule("web-1").gone_since_at is None
+        clock.jump(timedelta(days=1))
+        await trio.sleep(26 * 3600)
+        assert w.schedule("web-1").gone_since_at is not None

@@ -65,10 +65,12 @@ class GoneWatch:
         if schedule is None:
             return
         now = self._clock.now()
+        if self._watch.why_age_waits(CERTAIN_AFTER):
+            return  # neither counted to the end nor begun: a clock set right again would make a day of a minute
         if schedule.gone_since_at is None or schedule.gone_since_at > now or _was_not_asked(schedule, now):
             await self._recorder.put(evolve(schedule, gone_since_at=now))
             return
-        if now - schedule.gone_since_at < CERTAIN_AFTER or self._watch.why_age_waits(CERTAIN_AFTER):
+        if now - schedule.gone_since_at < CERTAIN_AFTER:
             return
         if await self._existed_since(backend, schedule, now):
             await self._recorder.put(evolve(schedule, gone_since_at=now))

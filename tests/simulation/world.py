@@ -258,12 +258,17 @@ class World:
         trio.lowlevel.add_instrument(steps)
         try:
             async with trio.open_nursery() as self.nursery:
-                with self.scope:
-                    self.nursery.start_soon(self.events.happen, HOURS * 3600)
-                    await self._owners()
-                    self.oracle.look_at_the_end()
-                    self.ledger.look_at_the_end()
-                    self.check_quarantine()
+                try:
+                    with self.scope:
+                        self.nursery.start_soon(self.events.happen, HOURS * 3600)
+                        await self._owners()
+                        self.oracle.look_at_the_end()
+                        self.ledger.look_at_the_end()
+                        self.check_quarantine()
+                finally:
+                    self.life.dead = True  # else it would try for ever to record on a full disk
+                    if self.life.hung is not None:
+                        self.life.hung.set()
                 self.nursery.cancel_scope.cancel()
         finally:
             trio.lowlevel.remove_instrument(steps)
