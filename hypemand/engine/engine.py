@@ -273,7 +273,7 @@ class Engine:
             came = changed & unreadable
             of_them = (line for line in missed.lines if line.instance_id in came)
             lay_over_all(self.store, of_them, self._outside.clock.now())
-            if unreadable:
+            if unreadable - self.store.unreadable_instances:
                 self._look_now.set()  # one of them may have turned out to be invalid, or gone: it is made anew
             for instance in changed:
                 _log.info("schedule file read again", instance_id=instance)
