@@ -160,6 +160,10 @@ class FaultyDisk(InlineDisk):
         super().write(descriptor, data[: fault.after])
         raise fault.exception(None)
 
+    def write_again(self, path: Path, offset: int, data: bytes) -> None:
+        self._check("write_again", path)
+        super().write_again(path, offset, data)
+
     def sync(self, descriptor: int) -> None:
         self._check("sync", size=os.fstat(descriptor).st_size)
         super().sync(descriptor)

@@ -228,6 +228,42 @@ async def test_an_unreadable_segment_is_an_error_and_changes_nothing(tmp_path: P
     assert current(tmp_path).read_bytes() == before
 
 
+@pytest.mark.trio
+async def test_a_line_whose_sync_failed_in_another_process_is_written_again(tmp_path: Path) -> None:
+    """After a failed sync the kernel calls the pages clean: a later one would succeed without them."""
+    log = await opened(tmp_path)
+    await log.append(started(1))
+    log.close()
+    whole = current(tmp_path).read_bytes()
+    disk = FaultyDisk()
+    disk.fail("sync")
+    with pytest.raises(OSError, match="Input/output"):
+        await opened(tmp_path, disk)
+    disk.heal()
+    disk.forget()
+    log = await opened(tmp_path, disk)
+    log.close()
+    steps = [step for step, _ in disk.order]
+    assert steps.index("write_again") < steps.index("sync")
+    assert disk.order[-1] == ("sync", len(whole))
+    assert current(tmp_path).read_bytes() == whole
+
+
+@pytest.mark.trio
+async def test_a_full_disk_that_copies_on_write_does_not_keep_the_log_shut(tmp_path: Path) -> None:
+    log = await opened(tmp_path)
+    await log.append(started(1))
+    log.close()
+    disk = FaultyDisk()
+    disk.fail("write_again", errno.ENOSPC)
+    log = await opened(tmp_path, disk)
+    assert [run.run_id for run in log.open_runs] == ["run-1"]
+    log.close()
+    disk.fail("write_again", errno.EIO)
+    with pytest.raises(OSError, match="Input/output"):
+        await opened(tmp_path, disk)
+
+
 @pytest.mark.parametrize("step", ["write", "sync"])
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
 @pytest.mark.parametrize("after", [0, 1, 100])

@@ -102,6 +102,18 @@ class Disk:
         while view:
             view = view[os.write(descriptor, view) :]
 
+    def write_again(self, path: Path, offset: int, data: bytes) -> None:
+        """Write *data*, which *path* holds at *offset* already: the next sync has to bring it to stable storage.
+
+        After a sync that failed the kernel takes what it could not write for
+        clean, and the next sync succeeds without it; see fsync(2).
+        """
+        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.pwrite(descriptor, data, offset)
+        finally:
+            os.close(descriptor)
+
     def sync(self, descriptor: int) -> None:
         """Wait until what was written is on stable storage."""
         os.fsync(descriptor)

@@ -6,6 +6,7 @@ elsewhere is passed over and reported. The log rotates by size; open runs are
 carried over, so nothing of them is ever in an old segment alone.
 """
 
+import errno
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +23,8 @@ from hypemand.state.files import Disk
 
 ROTATE_BYTES = 8 * 1024 * 1024
 OLD_SEGMENTS = 4
+UNSURE_BYTES = 1024 * 1024  # more than one commit writes; what is before it was synced by whoever wrote it
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _log = structlog.get_logger()
 
 
@@ -160,8 +163,25 @@ class RunLog:
 
     def _open_blocking(self) -> LogContent:
         content = read_log(self._state_dir, self._disk)
+        self._make_sure(content.torn_bytes)
         self._reopen(content.torn_bytes)
         return content
+
+    def _make_sure(self, torn_bytes: int) -> None:
+        """Have the sync that follows bring the end of the log to the disk, even if one before it failed to."""
+        try:
+            data, _ = self._disk.read(self._path)
+        except FileNotFoundError:
+            return
+        whole = len(data) - torn_bytes
+        start = max(0, whole - UNSURE_BYTES)
+        if start == whole:
+            return
+        try:
+            self._disk.write_again(self._path, start, data[start:whole])
+        except OSError as error:
+            if error.errno not in _NO_SPACE:  # a filesystem that copies on write needs space for it
+                raise
 
     def _reopen(self, torn_bytes: int = 0) -> None:
         descriptor = self._disk.open_append(self._path)

@@ -212,7 +212,9 @@ BUGS: dict[str, Seeded] = {
     "resume once": Seeded(resume_once, (1,), (FROZEN, "is frozen at the end")),
     "freeze before the claim": Seeded(freeze_before_the_claim, (1,), ("before the started line is durable",)),
     "no sync of the run log": Seeded(no_sync_of_the_run_log, (5,), (NOT_DURABLE,)),
-    "no sync of replaced files": Seeded(no_sync_of_replaced_files, (5,), ("in quarantine",)),
+    "no sync of replaced files": Seeded(
+        no_sync_of_replaced_files, (5,), ("in quarantine", "schedule that was acknowledged is lost")
+    ),
     "future snapshots count": Seeded(future_snapshots_count, (2,), (RETENTION_KEEPS,)),
     "nothing is protected": Seeded(nothing_is_protected, (2,), (RETENTION_KEEPS, "newest", "file names")),
     "every clock is trusted": Seeded(every_clock_is_trusted, (2,), (RETENTION_KEEPS, "newest")),

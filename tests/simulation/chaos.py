@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LATE_S = 3.0
 SLOW_S = (0.5, 4.0)
+SELDOM_ASKED = ("truncate", "remove", "open_append", "write_again", "read")
 
 
 @define
@@ -181,7 +182,7 @@ class Chaos:
             return None
         if self.disk_full and operation in ("write", "open_append", "sync_directory", "rename"):
             return self._disk_error(errno.ENOSPC, operation)
-        rare = 20.0 if operation in ("truncate", "remove", "open_append", "read") else 1.0
+        rare = 20.0 if operation in SELDOM_ASKED else 1.0
         if self.rng.random() >= self.temper.disk_faults * rare:
             return None
         full = operation in ("write", "open_append", "rename") and self.rng.random() < 0.5

@@ -23,11 +23,11 @@ CALL_FAULTS = ("error", "hang", "lost", "mute", "slow")
 """Not done and said so; never answered, not done; done, and the answer is an error; done, never answered; late."""
 EXTRA_FAULTS = (("late", "pause"), ("stale", "state"), ("partial", "capturing"), ("hang", "capturing"))
 
-WRITES = ("write", "sync", "rename", "sync_directory", "truncate", "open_append", "remove")
+WRITES = ("write", "write_again", "sync", "rename", "sync_directory", "truncate", "open_append", "remove")
 READS = ("read",)
 DISK_FAULTS = ("EIO", "ENOSPC")
 ENDS = ("kill", "power")
-CRASHING_DISK = ("write", "sync", "rename", "sync_directory", "truncate", "remove")
+CRASHING_DISK = ("write", "write_again", "sync", "rename", "sync_directory", "truncate", "remove")
 WORLD = (
     "jump +1h",
     "jump -1h",

@@ -78,6 +78,12 @@ class SimDisk(Disk):
             self.trouble.crash_point(self.life, "write", "torn")
         self._end("write")
 
+    def write_again(self, path: Path, offset: int, data: bytes) -> None:
+        self._begin("write_again")
+        super().write_again(path, offset, data)
+        self.platter.wrote_again(path, offset, data)
+        self._end("write_again")
+
     def sync(self, descriptor: int) -> None:
         try:
             self._begin("sync")

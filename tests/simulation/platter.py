@@ -50,6 +50,12 @@ class Platter:
             self._cut(file, start)
         file.data += data
 
+    def wrote_again(self, path: Path, offset: int, data: bytes) -> None:
+        """What the file holds from *offset* on was written once more, and is the kernel's to write back again."""
+        file = self.files.get(path.stat().st_ino)
+        if file is not None and file.poisoned is not None and offset <= file.poisoned <= offset + len(data):
+            file.poisoned = None
+
     @staticmethod
     def _cut(file: File, size: int) -> None:
         del file.data[size:]
