@@ -211,6 +211,7 @@ def test_a_finished_line_is_the_one_of_the_design() -> None:
         "started_at": "2026-03-09T01:00:00Z",
         "finished_at": "2026-03-09T01:01:00Z",
         "outcome": "succeeded",
+        "trigger": "schedule",
         "kind": "Standby",
         "snapshot_id": "run-1",
         "snapshot_name": None,

@@ -231,6 +231,7 @@ class RunFinished:
     started_at: datetime
     finished_at: datetime
     outcome: Outcome
+    trigger: Trigger = Trigger.SCHEDULE
     kind: SnapshotKind | None = None
     snapshot_id: str | None = None
     snapshot_name: str | None = None

@@ -15,6 +15,7 @@ from hypemand.core.errors import HypemandError
 from hypemand.core.model import InstanceId, InstanceState, RunStarted, Schedule, Snapshot, Trigger
 from hypemand.core.naming import scheduled_tags, snapshot_name
 from hypemand.core.runstate import Steps, decide_steps
+from hypemand.engine.events import Step
 from hypemand.engine.freeze import Budget, Freeze
 from hypemand.engine.limits import answer
 from hypemand.engine.means import Means
@@ -165,6 +166,7 @@ class Attempt:
         )
         await means.runlog.append(started)
         progress.started = started
+        progress.tell(Step.BEGUN, snapshot_name=started.snapshot_name, kind=str(started.kind))
         current = means.store.schedules.get(self.instance)
         if current is not None and own_slot:
             means.store.remember(advanced(current, started))
@@ -188,6 +190,7 @@ class Attempt:
             leases=self.means.leases,
             give_up=self.means.give_up,
             record=self.progress.freeze,
+            tell=self.progress.tell,
         )
         captured = await freeze.capture(request, slot, self.means.background)
         slot.release_overall()
@@ -215,3 +218,5 @@ class Attempt:
         limit_s = self.means.limits().capture_timeout.total_seconds()
         await answer("publish", limit_s, lambda: self.backend.publish(snapshot))
         self.progress.snapshot = snapshot
+        facts = {"snapshot_id": snapshot.id, "snapshot_name": snapshot.name, "size_bytes": snapshot.size_bytes}
+        self.progress.tell(Step.LISTED, **facts)

@@ -11,6 +11,7 @@ from attrs import field, frozen
 from hypemand.config import Config
 from hypemand.core.model import InstanceId
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
+from hypemand.engine.events import Events
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
 from hypemand.engine.leases import Leases, NoLeases
@@ -83,13 +84,15 @@ class Engine:
         self._applying = trio.Lock()
         self._look_now = trio.Event()
         self._settled = trio.Event()
-        clock, patience = outside.clock, outside.patience
+        self.clock = clock = outside.clock
+        patience = outside.patience
         self.give_up = trio.Event()
         self.watch = ClockWatch(clock)
         self.store = Store(config.state_dir, outside.disk, clock.now)
         self.runlog = RunLog(config.state_dir, outside.disk)
         self.slots = Slots(config.runs.concurrency)
-        self.recorder = Recorder(clock, self.store, self.runlog, self.give_up)
+        self.events = Events()
+        self.recorder = Recorder(clock, self.store, self.runlog, self.give_up, self.events)
         self.recovery = Recovery(
             clock=clock,
             runlog=self.runlog,
@@ -99,7 +102,14 @@ class Engine:
             leases=outside.leases,
             boot_id=outside.boot_id,
         )
-        self._pruner = Pruner(clock, self.watch, patience, self.store, self.recorder.made)
+        self._pruner = Pruner(
+            clock=clock,
+            watch=self.watch,
+            patience=patience,
+            store=self.store,
+            made=self.recorder.made,
+            events=self.events,
+        )
         self.runner = Runner(self._means())
         self.scheduler = Scheduler(
             clock=clock,
@@ -107,6 +117,7 @@ class Engine:
             store=self.store,
             runlog=self.runlog,
             runner=self.runner,
+            events=self.events,
             on_crash=lambda: background.start_soon(self._give_up_after, LAST_THAW_S),
         )
 
@@ -130,6 +141,7 @@ class Engine:
             space=Space(outside.measure),
             pruner=self._pruner,
             recorder=self.recorder,
+            events=self.events,
             gone=gone,
             leases=outside.leases,
             limits=lambda: self.config.runs,

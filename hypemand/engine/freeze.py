@@ -21,6 +21,7 @@ from hypemand.backends.base import (
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import Freezer, InstanceId, InstanceState
 from hypemand.core.runstate import Steps
+from hypemand.engine.events import Step, TellStep, tell_nobody
 from hypemand.engine.leases import Leases
 from hypemand.engine.limits import Patience, answer
 from hypemand.engine.slots import Slot
@@ -98,6 +99,7 @@ class Freeze:
     leases: Leases
     give_up: trio.Event
     record: FreezeRecord = field(factory=FreezeRecord)
+    tell: TellStep = tell_nobody
 
     async def capture(self, request: CaptureRequest, slot: Slot, background: trio.Nursery) -> Captured:
         """Freeze where the steps say so, capture, thaw.
@@ -128,12 +130,14 @@ class Freeze:
             began = trio.current_time()
             try:
                 await self._pause(request)
+                self.tell(Step.PAUSED)
                 return await self._timed_capture(request, self._time_left(began))
             finally:
                 if not self.record.pause_refused:
                     with trio.CancelScope(shield=True):
                         await self._thaw(slot, began)
                     self.record.freeze_s = trio.current_time() - began
+                    self.tell(Step.RESUMED, freeze_s=round(self.record.freeze_s, 6))
 
     @asynccontextmanager
     async def _leased(self, run_id: str) -> AsyncIterator[None]:
@@ -185,7 +189,9 @@ class Freeze:
         self.record.capture_began = began = trio.current_time()
         try:
             with trio.move_on_after(within_s):
-                return await self.backend.capture(self.instance, request)
+                captured = await self.backend.capture(self.instance, request)
+                self.tell(Step.CAPTURED, size_bytes=captured.snapshot.size_bytes)
+                return captured
         finally:
             self.record.capture_s = trio.current_time() - began
         if self.steps.freezes is Freezer.HYPERVISOR and not await self._runs_again():

@@ -8,6 +8,7 @@ from attrs import frozen
 from hypemand.config import RunsConfig
 from hypemand.core.model import RunStarted
 from hypemand.engine.clock import Clock
+from hypemand.engine.events import Events
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
 from hypemand.engine.leases import Leases
@@ -40,6 +41,7 @@ class Means:
     space: Space
     pruner: Pruner
     recorder: Recorder
+    events: Events
     gone: GoneWatch
     leases: Leases
     limits: Callable[[], RunsConfig]

@@ -6,6 +6,7 @@ from datetime import datetime
 from attrs import define, field
 
 from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Snapshot, Trigger
+from hypemand.engine.events import TellStep, tell_nobody
 from hypemand.engine.freeze import FreezeRecord
 from hypemand.engine.pruning import PruneResult
 
@@ -19,10 +20,11 @@ class Progress:
     trigger: Trigger
     began_at: datetime
     missed: int
+    tell: TellStep = tell_nobody
+    pruning: PruneResult = field(factory=PruneResult)
     started: RunStarted | None = None
     freeze: FreezeRecord = field(factory=FreezeRecord)
     snapshot: Snapshot | None = None
-    pruning: PruneResult = field(factory=PruneResult)
     outcome: Outcome = Outcome.SUCCEEDED
     notes: list[str] = field(factory=list)
     warnings: list[str] = field(factory=list)
@@ -54,6 +56,7 @@ class Progress:
             started_at=started_at,
             finished_at=now,
             outcome=self.outcome,
+            trigger=self.trigger,
             kind=self.started.kind if self.started else None,
             snapshot_id=self.snapshot.id if self.snapshot else None,
             snapshot_name=self.snapshot.name if self.snapshot else None,

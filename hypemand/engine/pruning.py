@@ -10,6 +10,7 @@ from hypemand.backends.base import Backend, BackendError
 from hypemand.core.model import InstanceId, Pruned, Retention, Schedule, Snapshot
 from hypemand.core.retention import Expired, future_dated, scheduled_only, select_expired, without_age
 from hypemand.engine.clock import Clock, ClockWatch
+from hypemand.engine.events import Events, SnapshotsListed, Step, TellStep, tell_nobody
 from hypemand.engine.limits import Patience, answer
 from hypemand.state.store import Store
 
@@ -24,6 +25,7 @@ class PruneResult:
     pruned: list[Pruned] = field(factory=list)
     errors: list[str] = field(factory=list)
     left: list[Snapshot] = field(factory=list)
+    tell: TellStep = tell_nobody
 
     def note(self) -> str | None:
         """The errors as one text, or None."""
@@ -37,17 +39,20 @@ class Pruner:
 
     def __init__(
         self,
+        *,
         clock: Clock,
         watch: ClockWatch,
         patience: Patience,
         store: Store,
         made: Callable[[InstanceId], Sequence[str]],
+        events: Events,
     ) -> None:
         self._clock = clock
         self._watch = watch
         self._patience = patience
         self._store = store
         self._made = made
+        self._events = events
 
     async def prune(
         self, backend: Backend, schedule: Schedule, protected: Collection[str], result: PruneResult
@@ -71,6 +76,7 @@ class Pruner:
             return
         snapshots = scheduled_only(instance, listed)
         result.left = [*snapshots]
+        self._events.tell(SnapshotsListed(instance, tuple(snapshots)))
         self._warn(schedule, snapshots, protected)
         tried: set[str] = set()
         while (current := self._store.schedules.get(instance)) is not None:
@@ -83,6 +89,8 @@ class Pruner:
             await self._delete(backend, expired[0], result)
             if trio.current_time() - began >= DELETE_TIMEOUT_S:
                 break
+        if tried:
+            self._events.tell(SnapshotsListed(instance, tuple(result.left)))
 
     def _warn(self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]) -> None:
         """Log what stands in the way of the retention."""
@@ -132,3 +140,5 @@ class Pruner:
         else:
             result.pruned.append(Pruned(snapshot.id, expired.reasons))
             result.left.remove(snapshot)
+            facts = {"snapshot_id": snapshot.id, "snapshot_name": snapshot.name, "reasons": list(expired.reasons)}
+            result.tell(Step.PRUNED, **facts)

@@ -134,11 +134,13 @@ class Reconciler:
         retired = None
         if present is None:
             retired = await self._store.read_retired(instance)
+            if instance in self._store.schedules:
+                return False  # a client has made one meanwhile; the next look tells
         before = present or retired
         if before is not None:
             after = updated(before, entry, backend, now, zone)
             if present is None:
-                after = _put_back(after, now)
+                after = put_back(after, now)
         else:
             after = created(instance, entry, backend, now, zone)
             if instance in self._store.set_aside:
@@ -173,7 +175,7 @@ class Reconciler:
         _log.info("schedule retired; its snapshots stay", instance_id=instance)
 
 
-def _put_back(schedule: Schedule, now: datetime) -> Schedule:
+def put_back(schedule: Schedule, now: datetime) -> Schedule:
     """*schedule*, in force again after a while: at the next slot of its grid, and its instance not yet missed."""
     next_run_at = schedule.next_run_at
     if next_run_at <= now:
@@ -223,7 +225,7 @@ def updated(schedule: Schedule, entry: ScheduleEntry, backend: str, now: datetim
         next_run_at = first_run(schedule.instance_id, entry.interval, now=now, wanted=entry.first_run, zone=zone)
     after = evolve(after, updated_at=now, next_run_at=next_run_at)
     if settings.enabled and not schedule.settings.enabled:
-        return _put_back(after, now)
+        return put_back(after, now)
     return after if backend == schedule.backend else evolve(after, gone_since_at=None)
 
 

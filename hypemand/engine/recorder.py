@@ -10,6 +10,7 @@ from hypemand.core.cadence import reanchor
 from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, Outcome, RunFinished, Schedule, Trigger
 from hypemand.engine.clock import Clock
+from hypemand.engine.events import Events, RunEnded
 from hypemand.engine.made import MakingOrder
 from hypemand.engine.records import FreezeRecords
 from hypemand.state.codec import Line
@@ -28,11 +29,12 @@ class Recorder:
         freezes: How long guests stood still in the runs recorded so far.
     """
 
-    def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event) -> None:
+    def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event, events: Events) -> None:
         self._clock = clock
         self._store = store
         self._runlog = runlog
         self._give_up = give_up
+        self._events = events
         self.freezes = FreezeRecords()
         self._order = MakingOrder()
 
@@ -47,7 +49,7 @@ class Recorder:
         under_way = [run.run_id for run in self._runlog.open_runs if run.instance_id == instance]
         return [*self._order.of(instance), *under_way]
 
-    async def finished(self, run: RunFinished, trigger: Trigger) -> None:
+    async def finished(self, run: RunFinished) -> None:
         """Append *run* to the log, and bring its schedule up to date. Retries until it holds or hypemand stops."""
         log_outcome(run)
         started = next((line for line in self._runlog.open_runs if line.run_id == run.run_id), None)
@@ -68,22 +70,23 @@ class Recorder:
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
         schedule = self._store.schedules.get(run.instance_id)
         if schedule is not None:
-            await self.put(self._after(schedule, run, trigger))
+            await self.put(self._after(schedule, run))
         else:
-            await self._record_retired(run, trigger)
+            await self._record_retired(run)
+        self._events.tell(RunEnded(run))
 
-    def _after(self, schedule: Schedule, run: RunFinished, trigger: Trigger) -> Schedule:
-        if trigger is Trigger.SCHEDULE:
+    def _after(self, schedule: Schedule, run: RunFinished) -> Schedule:
+        if run.trigger is Trigger.SCHEDULE:
             schedule = advanced(schedule, run)
             schedule = evolve(schedule, next_run_at=reanchor(schedule, self._clock.now()))
         return with_outcome(schedule, run)
 
-    async def _record_retired(self, run: RunFinished, trigger: Trigger) -> None:
+    async def _record_retired(self, run: RunFinished) -> None:
         """A schedule that was taken out during its run has it in its file when it is put back."""
         try:
             retired = await self._store.read_retired(run.instance_id)
             if retired is not None:
-                await self._store.put_retired(self._after(retired, run, trigger))
+                await self._store.put_retired(self._after(retired, run))
         except OSError as error:
             _log.error("retired schedule not written", instance_id=run.instance_id, error=str(error))
 

@@ -114,7 +114,7 @@ class Recovery:
             async with nullcontext() if self._may_be_frozen(run) else limiter:  # no guest waits in a queue
                 settled = await self.ask_backend(run)
             with trio.CancelScope(shield=True):
-                await self.recorder.finished(self._interrupted(run, settled), run.trigger)
+                await self.recorder.finished(self._interrupted(run, settled))
             self.left_open.pop(run.run_id, None)
             self.leases.close(run.run_id)
         except (BackendError, InvalidInput, OSError) as error:
@@ -187,6 +187,7 @@ class Recovery:
             started_at=run.started_at,
             finished_at=now,
             outcome=Outcome.INTERRUPTED,
+            trigger=run.trigger,
             kind=run.kind,
             snapshot_id=settled.snapshot.id if settled.snapshot else None,
             snapshot_name=settled.snapshot.name if settled.snapshot else None,

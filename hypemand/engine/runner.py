@@ -1,6 +1,7 @@
 """One run: attempts at its snapshot, pruning, and the record of how it ended."""
 
 from datetime import datetime
+from typing import Any
 
 import structlog
 import trio
@@ -11,11 +12,13 @@ from hypemand.core.cadence import next_slot
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule, Trigger
 from hypemand.engine.capture import Attempt, WithdrawnError
+from hypemand.engine.events import RunStepped, Step
 from hypemand.engine.freeze import StillFrozenError
 from hypemand.engine.leases import NoGuardError
 from hypemand.engine.limits import answer
 from hypemand.engine.means import Means
 from hypemand.engine.progress import Progress
+from hypemand.engine.pruning import PruneResult
 from hypemand.engine.recovery import LeftOpen
 
 RETRY_WAITS_S = (60.0, 300.0, 900.0)
@@ -41,9 +44,7 @@ class Runner:
             How it ended; None when it was left open.
         """
         means = self._means
-        began_at = means.clock.now()
-        missed = next_slot(due_at, schedule.interval, began_at).missed
-        progress = Progress(means.new_id(), due_at, trigger, began_at, missed)
+        progress = self._begin(schedule, due_at, trigger)
         finished = None
         try:
             name = means.fleet.resolve(schedule.backend)
@@ -62,11 +63,19 @@ class Runner:
 
     async def skip(self, schedule: Schedule, due_at: datetime, why: str) -> None:
         """Record that the slot of *due_at* is not used, and why."""
-        missed = next_slot(due_at, schedule.interval, self._means.clock.now()).missed
-        progress = Progress(self._means.new_id(), due_at, Trigger.SCHEDULE, self._means.clock.now(), missed)
+        progress = self._begin(schedule, due_at, Trigger.SCHEDULE)
         progress.end(Outcome.SKIPPED, why)
         with trio.CancelScope(shield=True):
             await self._record(schedule, progress)
+
+    def _begin(self, schedule: Schedule, due_at: datetime, trigger: Trigger) -> Progress:
+        run_id, now = self._means.new_id(), self._means.clock.now()
+        missed = next_slot(due_at, schedule.interval, now).missed
+
+        def tell(step: Step, **facts: Any) -> None:
+            self._means.events.tell(RunStepped(run_id, schedule.instance_id, step, facts))
+
+        return Progress(run_id, due_at, trigger, now, missed, tell, PruneResult(tell=tell))
 
     async def _run_on(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
         try:
@@ -108,7 +117,8 @@ class Runner:
     async def _perform(self, backend: Backend, schedule: Schedule, progress: Progress) -> None:
         """Try until the started line is written, the failure is not one that passes, or it is too late."""
         too_late = trio.current_time() + schedule.interval.total_seconds() / 4
-        for wait_s in RETRY_WAITS_S:
+        by_hand = progress.trigger is Trigger.MANUAL  # whoever asked for it waits, and asks again
+        for wait_s in () if by_hand else RETRY_WAITS_S:
             try:
                 return await self._attempt(backend, schedule, progress)
             except (BackendUnavailable, NoGuardError) as error:
@@ -121,6 +131,7 @@ class Runner:
                     in_s=wait_s,
                     error=str(error),
                 )
+                progress.tell(Step.WAITING, error=str(error), in_s=wait_s)
             await trio.sleep(wait_s)
         return await self._attempt(backend, schedule, progress)
 
@@ -186,6 +197,6 @@ class Runner:
 
     async def _record(self, schedule: Schedule, progress: Progress) -> RunFinished:
         finished = progress.finished(schedule.instance_id, self._means.clock.now())
-        await self._means.recorder.finished(finished, progress.trigger)
+        await self._means.recorder.finished(finished)
         self._means.leases.close(progress.run_id)
         return finished

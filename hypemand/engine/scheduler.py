@@ -10,9 +10,11 @@ import trio
 from attrs import evolve, frozen
 
 from hypemand.core.cadence import jitter, next_slot, reanchor
+from hypemand.core.errors import HypemandError
 from hypemand.core.fields import format_instant
-from hypemand.core.model import InstanceId, RunStarted, Schedule
+from hypemand.core.model import InstanceId, RunFinished, RunStarted, Schedule, Trigger
 from hypemand.engine.clock import Clock, ClockWatch
+from hypemand.engine.events import ClockJumped, Events
 from hypemand.engine.runner import Runner
 from hypemand.state.runlog import RunLog
 from hypemand.state.store import Store
@@ -35,10 +37,23 @@ class _Entry:
 class _Running:
     due_at: datetime
     scope: trio.CancelScope
+    trigger: Trigger = Trigger.SCHEDULE
+
+
+class BusyError(HypemandError):
+    """The instance has a run that is not over."""
+
+
+class StoppingError(HypemandError):
+    """No run begins any more."""
 
 
 class Scheduler:
-    """Starts runs when they are due. Reads schedules from the store; call `refresh` when one changed."""
+    """Starts runs when they are due. Reads schedules from the store; call `refresh` when one changed.
+
+    Attributes:
+        serving: Set once runs can begin.
+    """
 
     def __init__(
         self,
@@ -48,6 +63,7 @@ class Scheduler:
         store: Store,
         runlog: RunLog,
         runner: Runner,
+        events: Events,
         on_crash: Callable[[], None],
     ) -> None:
         self._on_crash = on_crash
@@ -56,6 +72,7 @@ class Scheduler:
         self._store = store
         self._runlog = runlog
         self._runner = runner
+        self._events = events
         self._heap: list[_Entry] = []
         self._newest: dict[InstanceId, int] = {}
         self._numbers = itertools.count()
@@ -64,6 +81,7 @@ class Scheduler:
         self._wake = trio.Event()
         self._stopping = False
         self._runs: trio.Nursery | None = None
+        self.serving = trio.Event()
 
     @property
     def running(self) -> frozenset[InstanceId]:
@@ -79,6 +97,7 @@ class Scheduler:
         self._reanchor_all()
         self._load(concurrency)
         async with trio.open_nursery() as self._runs:
+            self.serving.set()
             try:
                 while not self._stopping:
                     self._watch.check(self._on_jump)
@@ -101,6 +120,35 @@ class Scheduler:
         if self._runs is not None:
             scope = self._runs.cancel_scope
             scope.deadline = min(scope.deadline, trio.current_time() + grace_s)
+
+    async def run_now(self, schedule: Schedule) -> RunFinished | None:
+        """Do a run at once, beside the slots of *schedule*. Goes on also when whoever waits for it has gone.
+
+        Returns:
+            How it ended; None when it was left open, or cut short by the end of hypemand.
+
+        Raises:
+            BusyError: Another run of the instance is under way, or not settled yet.
+            StoppingError: hypemand does not serve yet, or is about to end.
+        """
+        if self._runs is None or self._stopping:
+            raise StoppingError("hypemand starts or stops just now: no run begins")
+        why = self._why_skipped(schedule.instance_id)
+        if why is not None:
+            raise BusyError(why)
+        running = _Running(self._clock.now(), trio.CancelScope(), Trigger.MANUAL)
+        self._running[schedule.instance_id] = running
+        over, ended = trio.Event(), list[RunFinished | None]()
+
+        async def run() -> None:
+            try:
+                ended.append(await self._run(schedule, running))
+            finally:
+                over.set()
+
+        self._runs.start_soon(run)
+        await over.wait()
+        return ended[0] if ended else None
 
     def refresh(self, instance: InstanceId) -> None:
         """Take in that the schedule of *instance* came, changed or went."""
@@ -178,22 +226,26 @@ class Scheduler:
     def _why_skipped(self, instance: InstanceId) -> str | None:
         running = self._running.get(instance)
         if running is not None:
-            return f"the run due at {format_instant(running.due_at)} is still going"
+            which = "due at" if running.trigger is Trigger.SCHEDULE else "asked for at"
+            return f"the run {which} {format_instant(running.due_at)} is still going"
         left_open = self._runlog.open_run_of(instance)
         return None if left_open is None else _describe(left_open)
 
-    async def _run(self, schedule: Schedule, running: _Running) -> None:
+    async def _run(self, schedule: Schedule, running: _Running) -> RunFinished | None:
+        ended = None
         try:
             with running.scope:
-                await self._runner.run(schedule, running.due_at)
+                ended = await self._runner.run(schedule, running.due_at, running.trigger)
         finally:
             del self._running[schedule.instance_id]
         current = self._store.schedules.get(schedule.instance_id)
         if current is not None and not self._stopping:
             _log.info("next run", instance_id=current.instance_id, at=format_instant(current.next_run_at))
+        return ended
 
     def _on_jump(self, jump: timedelta) -> None:
-        del jump  # backwards it leaves slots too far ahead; forwards they are due, which needs nothing
+        self._events.tell(ClockJumped(jump))
+        # Backwards it leaves slots too far ahead; forwards they are due, which needs nothing
         self._begun.clear()
         self._reanchor_all()
         for instance in self._store.schedules:

@@ -6,7 +6,7 @@ from datetime import datetime
 from attrs import evolve
 
 from hypemand.core.cadence import next_slot
-from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule
+from hypemand.core.model import InstanceId, Outcome, RunFinished, RunStarted, Schedule, Trigger
 from hypemand.state.codec import Line
 from hypemand.state.lock import LockOwner
 
@@ -28,7 +28,8 @@ def lay_over(schedule: Schedule, lines: Iterable[Line], *, now: datetime | None 
 
 
 def _lay_line(schedule: Schedule, line: Line) -> Schedule:
-    schedule = advanced(schedule, line)
+    if line.trigger is Trigger.SCHEDULE:  # a run by hand uses up no slot
+        schedule = advanced(schedule, line)
     if isinstance(line, RunStarted) or (schedule.last_run_at and schedule.last_run_at > line.started_at):
         return schedule
     return with_outcome(schedule, line)

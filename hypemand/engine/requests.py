@@ -1,0 +1,288 @@
+"""What clients may ask of a running engine: schedules made, changed and deleted by the API's rules, runs at once."""
+
+from datetime import datetime
+
+import structlog
+import trio
+from attrs import Factory, evolve, field, frozen
+
+from hypemand.backends.base import Backend, BackendError, InstanceNotFound
+from hypemand.config import RetentionEntry
+from hypemand.core.cadence import first_run
+from hypemand.core.errors import HypemandError
+from hypemand.core.model import InstanceId, Interval, ManagedBy, Metadata, NamePrefix, Retention, RunFinished, Schedule
+from hypemand.engine.engine import Engine
+from hypemand.engine.limits import answer
+from hypemand.engine.reconcile import put_back
+from hypemand.engine.scheduler import BusyError, StoppingError
+
+ASK_S = 5.0
+"""How long a backend is waited for that is asked whether it knows an instance."""
+_log = structlog.get_logger()
+
+
+class RequestRefusedError(HypemandError):
+    """A request can't be done as things are; the message is for the client."""
+
+
+class NotFoundError(RequestRefusedError):
+    """There is no such schedule, or no such instance."""
+
+
+class ConflictError(RequestRefusedError):
+    """It contradicts what is there.
+
+    Attributes:
+        lasting: Asked again, it would be refused again, until somebody changes something.
+    """
+
+    def __init__(self, message: str, *, lasting: bool = True) -> None:
+        self.lasting = lasting
+        super().__init__(message)
+
+
+class UnavailableError(RequestRefusedError):
+    """Not now: a hypervisor does not answer, the disk is full, or hypemand stops. Worth another try."""
+
+
+@frozen(kw_only=True)
+class SetSchedule:
+    """What a PUT asks for: all that a client may set."""
+
+    interval: Interval
+    retention: RetentionEntry
+    metadata: Metadata = Factory(dict)
+    name_prefix: NamePrefix | None = None
+
+    def kept(self, before: Retention) -> Retention:
+        """The retention as schedules have it; keys of *before* that this version does not know are kept."""
+        return Retention(self.retention.max_age, self.retention.max_count, before.extra)
+
+
+@frozen
+class _Home:
+    """The backend of an instance. *sure*: it has just said that it knows it."""
+
+    name: str
+    sure: bool
+
+
+@frozen
+class Requests:
+    """Does what clients ask of *engine*, which serves. One at a time for each instance."""
+
+    engine: Engine
+    _turns: dict[InstanceId, trio.Lock] = field(factory=dict)
+
+    def get(self, instance: InstanceId) -> Schedule:
+        """The schedule of *instance*.
+
+        Raises:
+            NotFoundError: There is none.
+        """
+        schedule = self.engine.store.schedules.get(instance)
+        if schedule is None:
+            raise NotFoundError(f"instance {instance!r} has no snapshot schedule")
+        return schedule
+
+    def all(self) -> list[Schedule]:
+        """Every schedule, by instance."""
+        return [schedule for _, schedule in sorted(self.engine.store.schedules.items())]
+
+    async def put(self, instance: InstanceId, wanted: SetSchedule, client: str) -> Schedule:
+        """Make or replace the schedule of *instance*; durable when this returns.
+
+        ``created_at`` and the ``last_*`` fields survive an update, and so does
+        ``next_run_at``, but for a new interval: that begins a new cadence.
+
+        Raises:
+            NotFoundError: No backend knows the instance.
+            ConflictError: The config has a schedule for it, several backends know it, or its file can't be read.
+            UnavailableError: Whether it exists can't be told now, or the schedule can't be written.
+        """
+        async with self._turn(instance):
+            self._refuse_if_not_ours(instance)
+            store, clock = self.engine.store, self.engine.clock
+            home = await self._home(instance)
+            self._refuse_if_a_pattern_has(instance, home.name)
+            retired = None
+            if instance not in store.schedules:
+                retired = await store.read_retired(instance)
+            self._refuse_if_not_ours(instance)  # once more: much may have changed while others were asked
+            present = store.schedules.get(instance)
+            first = first_run(instance, wanted.interval, now=clock.now(), wanted=None, zone=clock.zone())
+            schedule = _changed(
+                instance, wanted, present=present, retired=retired, home=home, now=clock.now(), first=first
+            )
+            await self._write(schedule)
+            if retired is not None:
+                await self._forget_retired(instance)
+        self.engine.scheduler.refresh(instance)
+        _log.info(
+            "schedule changed by a client" if present else "schedule made by a client",
+            instance_id=instance,
+            backend=home.name,
+            client=client,
+        )
+        if schedule.retention.keeps_everything:
+            _log.warning("schedule sets no limit: its snapshots are kept for ever", instance_id=instance)
+        return self.get(instance)
+
+    async def delete(self, instance: InstanceId, client: str) -> None:
+        """Delete the schedule of *instance*, durably. Its snapshots stay.
+
+        Raises:
+            NotFoundError: There is none.
+            ConflictError: It is the config's.
+            UnavailableError: The file can't be removed.
+        """
+        async with self._turn(instance):
+            self._refuse_if_not_ours(instance)
+            schedule = self.get(instance)
+            try:
+                await self.engine.store.remove(instance)
+            except OSError as error:
+                if instance not in self.engine.store.schedules:
+                    self.engine.store.hold(schedule)
+                raise _unwritable(instance, error) from error
+        self.engine.scheduler.refresh(instance)
+        _log.info("schedule deleted by a client; its snapshots stay", instance_id=instance, client=client)
+
+    async def run_now(self, instance: InstanceId) -> RunFinished | None:
+        """Do a run at once; the schedule's next one stays where it is.
+
+        Returns:
+            How it ended; None when it was left open until its hypervisor
+            answers, or cut short by the end of hypemand.
+
+        Raises:
+            NotFoundError: The instance has no schedule.
+            ConflictError: It is disabled, or has a run under way.
+            UnavailableError: hypemand starts or stops just now.
+        """
+        schedule = self.get(instance)
+        if not schedule.settings.enabled:
+            raise ConflictError(f"the schedule of {instance!r} is disabled in the config: enable it there")
+        try:
+            return await self.engine.scheduler.run_now(schedule)
+        except BusyError as error:
+            raise ConflictError(str(error), lasting=False) from error
+        except StoppingError as error:
+            raise UnavailableError(str(error)) from error
+
+    def _turn(self, instance: InstanceId) -> trio.Lock:
+        return self._turns.setdefault(instance, trio.Lock())
+
+    def _refuse_if_not_ours(self, instance: InstanceId) -> None:
+        store, config = self.engine.store, self.engine.config
+        if instance in store.unreadable_instances:
+            raise ConflictError(f"the schedule of {instance!r} has a file that can't be read: look at the log")
+        present = store.schedules.get(instance)
+        by_name = any(entry.instance == instance for entry in config.schedules)
+        if (present is None and by_name) or (present is not None and present.managed_by is ManagedBy.CONFIG):
+            raise ConflictError(f"the schedule of {instance!r} is managed by the config file: change it there")
+
+    def _refuse_if_a_pattern_has(self, instance: InstanceId, backend: str) -> None:
+        config = self.engine.config
+        if instance in self.engine.store.schedules:
+            return
+        for entry in config.schedules:
+            if entry.is_pattern and config.backend_of(entry) == backend and entry.matches(instance):
+                raise ConflictError(f"the pattern {entry.instance!r} in the config file takes in {instance!r}")
+
+    async def _home(self, instance: InstanceId) -> _Home:
+        """The backend that knows *instance*, or, while nobody can tell, the one that had it."""
+        knowing: list[str] = []
+        silent: list[str] = []
+
+        async def ask(backend: Backend) -> None:
+            try:
+                await answer("state", ASK_S, lambda: backend.state(instance))
+            except InstanceNotFound:
+                return
+            except BackendError:
+                silent.append(backend.name)
+            else:
+                knowing.append(backend.name)
+
+        async with trio.open_nursery() as nursery:
+            for backend in [*self.engine.fleet.backends.values()]:
+                nursery.start_soon(ask, backend)
+        if len(knowing) > 1:
+            names = ", ".join(sorted(knowing))
+            raise ConflictError(f"instance {instance!r} is known to several backends: {names}")
+        if knowing:
+            return _Home(knowing[0], sure=True)
+        return await self._home_before(instance, sorted(silent))
+
+    async def _home_before(self, instance: InstanceId, silent: list[str]) -> _Home:
+        before = self.engine.store.schedules.get(instance) or await self.engine.store.read_retired(instance)
+        if before is not None and before.backend in silent:
+            return _Home(before.backend, sure=False)
+        if silent:
+            raise UnavailableError(
+                f"whether there is an instance {instance!r} can't be told now: no answer from {', '.join(silent)}"
+            )
+        raise NotFoundError(f"no backend knows an instance {instance!r}")
+
+    async def _write(self, schedule: Schedule) -> None:
+        try:
+            await self.engine.store.put(schedule)
+        except OSError as error:
+            raise _unwritable(schedule.instance_id, error) from error
+
+    async def _forget_retired(self, instance: InstanceId) -> None:
+        try:
+            await self.engine.store.forget_retired(instance)
+        except OSError as error:  # the file in force comes first at the next start, too
+            _log.error("retired file not removed", instance_id=instance, error=str(error))
+
+
+def _unwritable(instance: InstanceId, error: OSError) -> UnavailableError:
+    _log.error("schedule of a client not written", instance_id=instance, error=str(error))
+    return UnavailableError(f"the schedule of {instance!r} can't be written now; hypemand's log says why")
+
+
+def _changed(
+    instance: InstanceId,
+    wanted: SetSchedule,
+    *,
+    present: Schedule | None,
+    retired: Schedule | None,
+    home: _Home,
+    now: datetime,
+    first: datetime,
+) -> Schedule:
+    """The schedule as *wanted*, from what there is or was of it.
+
+    Args:
+        first: When its first run would be, on a cadence that begins now.
+    """
+    before = present or retired
+    if before is None:
+        return Schedule(
+            instance_id=instance,
+            interval=wanted.interval,
+            retention=wanted.kept(Retention()),
+            created_at=now,
+            updated_at=now,
+            next_run_at=first,
+            metadata=wanted.metadata,
+            name_prefix=wanted.name_prefix,
+            backend=home.name,
+            managed_by=ManagedBy.API,
+        )
+    after = evolve(
+        before,
+        interval=wanted.interval,
+        retention=wanted.kept(before.retention),
+        updated_at=now,
+        next_run_at=before.next_run_at if wanted.interval == before.interval else first,
+        metadata=wanted.metadata,
+        name_prefix=wanted.name_prefix,
+        backend=home.name,
+        managed_by=ManagedBy.API,
+        settings=evolve(before.settings, first_run=None, enabled=True),
+        gone_since_at=None if home.sure else before.gone_since_at,
+    )
+    return after if present is not None else put_back(after, now)
