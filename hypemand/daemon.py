@@ -20,6 +20,7 @@ from hypemand.engine.guarding import Guarding, settle_command
 from hypemand.engine.reload import watch_file
 from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
+from hypemand.surface.hooks import Hooks
 from hypemand.surface.log import set_up_log
 
 CONFIG_PATIENCE_S = 30.0
@@ -79,6 +80,7 @@ class Daemon:
     async def _started(self, outside: Outside, background: trio.Nursery) -> Engine:
         config = self.config
         engine = Engine(config, new_fleet(config.state_dir), outside, background)
+        background.start_soon(self._run_hooks, engine)
         try:
             await engine.load()
         except OSError as error:
@@ -92,6 +94,11 @@ class Daemon:
             at = "now" if schedule.next_run_at <= now else format_instant(schedule.next_run_at)
             _log.info("next run", instance_id=schedule.instance_id, at=at)
         return engine
+
+    async def _run_hooks(self, engine: Engine) -> None:
+        hooks = Hooks(lambda: self.config.hooks)
+        with engine.events.heard_by(hooks.heard):
+            await hooks.serve()
 
     def _unusable(self, error: OSError) -> StateUnusableError:
         where = error.filename or self.config.state_dir
