@@ -22,7 +22,7 @@ from hypemand.state.codec import line_document
 from hypemand.surface import hooks
 from hypemand.surface.hook_process import LONGEST_LINE, OUTPUT_BYTES, OUTPUT_LINES, Output
 from hypemand.surface.hooks import Hooks
-from tests.processes import wait_until
+from tests.processes import ROOT, wait_until
 
 AT = datetime(2026, 3, 9, 1, 0, tzinfo=UTC)
 FOREVER = "sleep 1000"
@@ -463,6 +463,26 @@ async def test_an_internal_error_of_one_hook_is_told_and_others_run(
         site.tell(ended())
         await site.heard("hook done", status=0)
     assert len(site.told("hook done")) == 1
+
+
+async def test_the_script_in_the_docs_mails_failures_and_logs_skips(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = (ROOT / "docs" / "operation.md").read_text().partition("```sh\n#!/bin/sh\n")[2].partition("```")[0]
+    assert "page-me" in shown
+    site.script('echo "$*" > mail-arguments; cat > mail-text', "mail")
+    monkeypatch.setenv("PATH", str(site.directory), prepend=os.pathsep)
+    site.configure(shown)
+    async with served(site):
+        site.tell(ended(Outcome.SKIPPED))
+        await site.heard("hook done", status=0)
+        assert not site.read("mail-text")
+        site.tell(ended(Outcome.FAILED))
+        await site.heard("hook done", times=2, status=0)
+    assert site.output() == ["skipped: it has skipped"]
+    assert site.read("mail-arguments") == ["-s hypemand: web-1 failed ops@example.com"]
+    error, _, document = site.read("mail-text")
+    assert (error, json.loads(document)["outcome"]) == ("it has failed", "failed")
 
 
 # Their output
