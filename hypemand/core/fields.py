@@ -64,13 +64,15 @@ def check_max_age(value: object) -> timedelta:
 
 
 def check_max_count(value: object) -> int:
-    """*value*, a whole number of 0 or more that has 64 bits at most; zero is no limit.
+    """*value*, a whole number from 0 to `MAX_COUNT_LIMIT`; zero is no limit.
 
     Raises:
         RuleBroken: Anything else.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_COUNT_LIMIT:
-        raise RuleBroken(f"{value!r} must be a whole number of 0 or more, of 64 bits at most (0 is no limit by count)")
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise RuleBroken(f"{value!r} must be a whole number of 0 or more (0 is no limit by count)")
+    if value > MAX_COUNT_LIMIT:
+        raise RuleBroken(f"must be {MAX_COUNT_LIMIT} at most; leave it out for no limit by count")
     return value
 
 
