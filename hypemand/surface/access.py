@@ -3,7 +3,9 @@
 import ssl
 from pathlib import Path
 
-from attrs import frozen
+import structlog
+import trio
+from attrs import define, frozen
 
 from hypemand.config import ApiConfig
 from hypemand.core.errors import InvalidInput, Problem
@@ -13,6 +15,8 @@ NO_TOKENS = (
     'is missing; api.listen needs a file of tokens, or the systemd credential "tokens", which is not there'
     " ($CREDENTIALS_DIRECTORY/tokens)"
 )
+
+_log = structlog.get_logger()
 
 
 @frozen
@@ -42,6 +46,36 @@ def read_access(api: ApiConfig) -> Access:
     if problems:
         raise InvalidInput(problems)
     return Access(tokens, tls)
+
+
+@define
+class CurrentAccess:
+    """The access in force; None where hypemand does not serve TCP."""
+
+    access: Access | None
+
+    def client_of(self, authorization: str | None) -> str | None:
+        """The client that a request's header ``Authorization`` shows; None if it is nobody."""
+        return None if self.access is None else self.access.tokens.client_of(authorization)
+
+    def tls(self) -> ssl.SSLContext | None:
+        """What new connections are encrypted with; None if they are not."""
+        return None if self.access is None else self.access.tls
+
+    async def reread(self, api: ApiConfig) -> None:
+        """Put the access that *api* asks for in force. If it can't be had, the one before stays, and that is logged."""
+        if api.listen is None:
+            return  # taken out: that takes a restart, and until then nothing changes
+        try:
+            access = await trio.to_thread.run_sync(read_access, api, abandon_on_cancel=True)
+        except InvalidInput as error:
+            before = "the ones before stay in force" if self.access else "hypemand would not start with it"
+            for problem in error.problems:
+                _log.error(f"invalid tokens or TLS; {before}", error=str(problem))
+            return
+        if self.access is not None:
+            self.access = access
+            _log.info("tokens in force", clients=list(access.tokens.clients), tls=access.tls is not None)
 
 
 def _tokens(path: Path | None) -> Tokens:

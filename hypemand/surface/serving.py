@@ -60,6 +60,8 @@ class Serving:
     """Serves the API from `serve` on until `stop`.
 
     Attributes:
+        path: Of the control socket.
+        listen: Host and port for TCP, if it is served.
         over: Set once the last connection is closed.
     """
 
@@ -74,8 +76,8 @@ class Serving:
         limits: Limits | None = None,
         retry_s: float = RETRY_S,
     ) -> None:
-        self._path = path
-        self._listen = listen
+        self.path = path
+        self.listen = listen
         self._limits = limits or Limits()
         self._retry_s = retry_s
         self._http = http_config(self._limits)
@@ -92,8 +94,8 @@ class Serving:
                 with self._accepting:
                     async with trio.open_nursery() as doors:
                         doors.start_soon(self._keep_control_socket, clients)
-                        if self._listen is not None and self._tcp_door is not None:
-                            doors.start_soon(self._keep_tcp, self._listen, self._tcp_door, clients)
+                        if self.listen is not None and self._tcp_door is not None:
+                            doors.start_soon(self._keep_tcp, self.listen, self._tcp_door, clients)
                 await self._context.terminated.set()
                 for door in (self._socket_door, self._tcp_door):
                     for connection in [*door.connections] if door else ():
@@ -110,9 +112,9 @@ class Serving:
         self._accepting.cancel()
 
     async def _keep_control_socket(self, clients: trio.Nursery) -> None:
-        place = str(self._path)
+        place = str(self.path)
         while True:
-            made = await self._opened(place, lambda: trio.to_thread.run_sync(open_control_socket, self._path))
+            made = await self._opened(place, lambda: trio.to_thread.run_sync(open_control_socket, self.path))
             try:
                 async with trio.open_nursery() as nursery:
                     listener = trio.socket.from_stdlib_socket(made.socket)

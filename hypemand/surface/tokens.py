@@ -12,11 +12,10 @@ from pathlib import Path
 from attrs import field, frozen
 
 from hypemand.core.errors import InvalidInput, Problem
+from hypemand.surface.api import LOCAL_CLIENT
 
 SHORTEST = 16
 MOST_BYTES = 1024**2
-TRUSTED = "socket"
-"""The name of clients that come over the control socket, in the log."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOKEN = re.compile(r"[!-~]*")
 
@@ -92,8 +91,8 @@ def _check_line(name: str, colon: str, token: str) -> None:
         raise ValueError('must be "name:token"')
     if not _NAME.fullmatch(name):
         raise ValueError('the client\'s name, before ":", must be 1 to 64 of A-Z a-z 0-9 . _ -')
-    if name == TRUSTED:
-        raise ValueError(f'"{TRUSTED}" is what clients on the control socket are called: take another name')
+    if name == LOCAL_CLIENT:
+        raise ValueError(f'"{LOCAL_CLIENT}" is what clients on the control socket are called: take another name')
     if len(token) < SHORTEST:
         raise ValueError(f'the token, after ":", must have {SHORTEST} characters or more; try: openssl rand -hex 32')
     if not _TOKEN.fullmatch(token):
