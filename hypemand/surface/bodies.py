@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from cattrs import Converter
@@ -42,14 +43,15 @@ async def read_body(request: Request) -> bytes:
         ClientDisconnect: The client went away before the end.
     """
     parts, length = [], 0
-    async for part in request.stream():
-        length += len(part)
-        if length <= BODY_LIMIT:
-            parts.append(part)
-            continue
-        parts.clear()
-        if length > BODY_LIMIT + _SWALLOWED:
-            break
+    async with aclosing(request.stream()) as received:
+        async for part in received:
+            length += len(part)
+            if length <= BODY_LIMIT:
+                parts.append(part)
+                continue
+            parts.clear()
+            if length > BODY_LIMIT + _SWALLOWED:
+                break
     if length > BODY_LIMIT:
         raise BodyTooLargeError
     return b"".join(parts)
