@@ -16,6 +16,25 @@ settings.register_profile("hypemand", deadline=None, max_examples=60)
 settings.load_profile("hypemand")
 
 
+LONG = (
+    "test_a_daemon_killed_or_hung_at_any_step",
+    "test_fifty_thousand_runs",
+    "test_a_monitor_that_another_client_holds",
+    "test_twenty_guests_at_once",
+    "test_a_week_of_a_hundred_schedules",
+    "test_a_qemu_that_is_frozen",
+)
+"""Tests of more than a quarter of a minute, the longest first."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the long ones: at the end one alone would keep the others' processors idle."""
+    ranks = {
+        item: next((rank for rank, name in enumerate(LONG) if item.name.startswith(name)), len(LONG)) for item in items
+    }
+    items.sort(key=ranks.__getitem__)
+
+
 @pytest.fixture(autouse=True)
 def quiet_log() -> Iterator[None]:
     """Only critical things are logged, unless a test sets the log up itself: rendering would take most of the time."""
