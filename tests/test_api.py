@@ -106,7 +106,7 @@ BAD = [
     ({"interval": "1h", "retention": {"max_age": None}}, ["retention.max_age: is null"]),
     ({"interval": "1h", "retention": {"max_age": "-1h"}}, ["retention.max_age: '-1h' must not be negative"]),
     ({"interval": "1h", "retention": {"max_count": -1}}, ["retention.max_count: -1 must be a whole number"]),
-    ({"interval": "1h", "retention": {"max_count": 1.0}}, ["retention.max_count: 1.0 must be a whole number"]),
+    ({"interval": "1h", "retention": {"max_count": 1.5}}, ["retention.max_count: 1.5 must be a whole number"]),
     ({"interval": "1h", "retention": {"max_count": True}}, ["retention.max_count: True must be a whole number"]),
     (
         {"interval": "1h", "retention": {"max_count": 2**63}},
@@ -132,6 +132,9 @@ BAD = [
     (b'{"interval": "1h", "retention": {"max_count": NaN}}', ["NaN is no number"]),
     (b'{"interval": "1h", "retention": {"max_count": -Infinity}}', ["Infinity is no number"]),
     (b'{"interval": "1h", "retention": {"max_count": ' + b"9" * 5000 + b"}}", ["not JSON"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e400}}', ["retention.max_count: inf must be a whole number"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e-400}}', ["retention.max_count: 0.0 must be a whole number"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e99999999}}', ["retention.max_count: inf must be a whole"]),
     (b'{"interval": "1h", "interval": "1h", "retention": {}}', ["interval: is there twice"]),
     (b'{"interval": "1h", "retention": {}, "metadata": {"a": "1", "a": "2"}}', ["a: is there twice"]),
     (b'{"interval": "1h", "retention": ' + b"[" * 60_000, ["nested too deeply"]),
@@ -151,6 +154,13 @@ async def test_a_body_that_breaks_rules_is_refused_by_field_and_rule(
         assert [one for one in told if one not in answer.json["message"]] == [], answer.json["message"]
         assert len(answer.body) < 8000
         assert not made.engine.store.schedules
+
+
+async def test_a_whole_number_may_be_written_in_each_way_of_json(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (_, app):
+        for number in (b"7", b"7.0", b"70e-1", b"0.7E+1"):
+            made = await ask(app, "PUT", WEB, b'{"interval": "1h", "retention": {"max_count": %s}}' % number)
+            assert made.json["retention"] == {"max_count": 7}
 
 
 async def test_every_problem_is_told_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from cattrs import Converter
@@ -110,7 +111,9 @@ def _shortened(text: str) -> str:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+        document = json.loads(
+            data.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_no_constant
+        )
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:  # UnicodeDecodeError and numbers of thousands of digits are among them
@@ -133,6 +136,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) > _KEYS_MOST:
         raise InvalidInput([Problem("", f"an object in the body has {len(made)} keys; no such is ever right")])
     return made
+
+
+def _number(text: str) -> int | float:
+    """JSON has one kind of number: 7.0 is a whole one, and so is 7e0."""
+    exact = Decimal(text)
+    return int(exact) if exact.adjusted() < 20 and exact == exact.to_integral_value() else float(text)
 
 
 def _no_constant(word: str) -> None:
