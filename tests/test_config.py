@@ -59,6 +59,7 @@ BAD: dict[str, tuple[str | bytes, str, str]] = {
     "max_count negative": (with_schedule("retention = { max_count = -1 }"), f"{RETENTION}.max_count", "0 or more"),
     "max_count 1.5": (with_schedule("retention = { max_count = 1.5 }"), f"{RETENTION}.max_count", "whole number"),
     "max_count true": (with_schedule("retention = { max_count = true }"), f"{RETENTION}.max_count", "whole number"),
+    "max_count of 64 bits": (with_schedule(f"retention.max_count = {2**63}"), f"{RETENTION}.max_count", "at most"),
     "max_age negative": (with_schedule('retention = { max_age = "-1h" }'), f"{RETENTION}.max_age", "not be negative"),
     "retention a text": (with_schedule('retention = "7"'), RETENTION, "table"),
     "prefix of 48": (with_schedule(f'name_prefix = "{"p" * 48}"'), PREFIX, "47 at most"),

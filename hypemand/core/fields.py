@@ -12,6 +12,9 @@ from hypemand.core.model import InstanceId
 from hypemand.core.naming import check_instance_id, check_metadata, check_prefix
 from hypemand.core.size import parse_size
 
+MAX_COUNT_LIMIT = 2**63 - 1
+"""Hypeman's counts have 64 bits; larger ones could not even be written to a file."""
+
 
 def check_duration(value: object) -> timedelta:
     """*value*, a string holding a Go duration.
@@ -61,13 +64,15 @@ def check_max_age(value: object) -> timedelta:
 
 
 def check_max_count(value: object) -> int:
-    """*value*, a whole number of 0 or more; zero is no limit.
+    """*value*, a whole number from 0 to `MAX_COUNT_LIMIT`; zero is no limit.
 
     Raises:
         RuleBroken: Anything else.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise RuleBroken(f"{value!r} must be a whole number of 0 or more (0 is no limit by count)")
+    if value > MAX_COUNT_LIMIT:
+        raise RuleBroken(f"must be {MAX_COUNT_LIMIT} at most; leave it out for no limit by count")
     return value
 
 

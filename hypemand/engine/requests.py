@@ -14,7 +14,7 @@ from hypemand.core.model import InstanceId, Interval, ManagedBy, Metadata, NameP
 from hypemand.engine.engine import Engine
 from hypemand.engine.limits import answer
 from hypemand.engine.reconcile import put_back
-from hypemand.engine.scheduler import BusyError, StoppingError
+from hypemand.engine.scheduler import BusyError, RunUnderWay, StoppingError
 
 ASK_S = 5.0
 """How long a backend is waited for that is asked whether it knows an instance."""
@@ -148,12 +148,8 @@ class Requests:
         self.engine.scheduler.refresh(instance)
         _log.info("schedule deleted by a client; its snapshots stay", instance_id=instance, client=client)
 
-    async def run_now(self, instance: InstanceId) -> RunFinished | None:
-        """Do a run at once; the schedule's next one stays where it is.
-
-        Returns:
-            How it ended; None when it was left open until its hypervisor
-            answers, or cut short by the end of hypemand.
+    def begin_run(self, instance: InstanceId) -> RunUnderWay:
+        """Begin a run at once; the schedule's next one stays where it is.
 
         Raises:
             NotFoundError: The instance has no schedule.
@@ -164,11 +160,20 @@ class Requests:
         if not schedule.settings.enabled:
             raise ConflictError(f"the schedule of {instance!r} is disabled in the config: enable it there")
         try:
-            return await self.engine.scheduler.run_now(schedule)
+            return self.engine.scheduler.begin_now(schedule)
         except BusyError as error:
             raise ConflictError(str(error), lasting=False) from error
         except StoppingError as error:
             raise UnavailableError(str(error)) from error
+
+    async def run_now(self, instance: InstanceId) -> RunFinished | None:
+        """Do what `begin_run` begins, and wait for it.
+
+        Returns:
+            How it ended; None when it was left open until its hypervisor
+            answers, or cut short by the end of hypemand.
+        """
+        return await self.begin_run(instance).ended()
 
     def _turn(self, instance: InstanceId) -> trio.Lock:
         return self._turns.setdefault(instance, trio.Lock())

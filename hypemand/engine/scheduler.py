@@ -7,7 +7,7 @@ from datetime import datetime, timedelta
 
 import structlog
 import trio
-from attrs import evolve, frozen
+from attrs import define, evolve, field, frozen
 
 from hypemand.core.cadence import jitter, next_slot, reanchor
 from hypemand.core.errors import HypemandError
@@ -38,6 +38,24 @@ class _Running:
     due_at: datetime
     scope: trio.CancelScope
     trigger: Trigger = Trigger.SCHEDULE
+
+
+@define(eq=False)
+class RunUnderWay:
+    """A run that somebody asked for. It goes on also when nobody waits for it."""
+
+    _over: trio.Event = field(factory=trio.Event)
+    _ended: RunFinished | None = None
+
+    async def ended(self) -> RunFinished | None:
+        """How it ended; None when it was left open, or cut short by the end of hypemand."""
+        await self._over.wait()
+        return self._ended
+
+    def end(self, ended: RunFinished | None) -> None:
+        """Tell whoever waits."""
+        self._ended = ended
+        self._over.set()
 
 
 class BusyError(HypemandError):
@@ -121,11 +139,8 @@ class Scheduler:
             scope = self._runs.cancel_scope
             scope.deadline = min(scope.deadline, trio.current_time() + grace_s)
 
-    async def run_now(self, schedule: Schedule) -> RunFinished | None:
-        """Do a run at once, beside the slots of *schedule*. Goes on also when whoever waits for it has gone.
-
-        Returns:
-            How it ended; None when it was left open, or cut short by the end of hypemand.
+    def begin_now(self, schedule: Schedule) -> RunUnderWay:
+        """Begin a run at once, beside the slots of *schedule*.
 
         Raises:
             BusyError: Another run of the instance is under way, or not settled yet.
@@ -138,17 +153,17 @@ class Scheduler:
             raise BusyError(why)
         running = _Running(self._clock.now(), trio.CancelScope(), Trigger.MANUAL)
         self._running[schedule.instance_id] = running
-        over, ended = trio.Event(), list[RunFinished | None]()
+        under_way = RunUnderWay()
 
         async def run() -> None:
+            ended = None
             try:
-                ended.append(await self._run(schedule, running))
+                ended = await self._run(schedule, running)
             finally:
-                over.set()
+                under_way.end(ended)
 
         self._runs.start_soon(run)
-        await over.wait()
-        return ended[0] if ended else None
+        return under_way
 
     def refresh(self, instance: InstanceId) -> None:
         """Take in that the schedule of *instance* came, changed or went."""
