@@ -48,7 +48,7 @@ async def test_runs_are_counted_by_how_they_ended_and_why_they_began(tmp_path: P
     long = timedelta(hours=3)
     async with metered(tmp_path, now_and_then(), capture_timeout=long, max_freeze=long) as (made, metrics):
         await trio.sleep(SOON)
-        assert await made.engine.scheduler.run_now(made.schedule("web-1")) is not None
+        assert await made.engine.scheduler.begin_now(made.schedule("web-1")).ended() is not None
         made.backend.fail("capture", "web-1", CaptureFailed("no space"), times=1)
         await trio.sleep(3600)
         made.backend.capture_s = 2 * 3600.0
@@ -284,7 +284,7 @@ async def test_an_answer_that_comes_after_a_run_has_told_better_is_dropped(
     async with metered(tmp_path, entry("web-1", HOUR)) as (made, metrics):
         made.backend.fail("list_snapshots", "web-1", times=1)  # the question at the start gets no answer for 10 s
         await trio.sleep(1)
-        assert await made.engine.scheduler.run_now(made.schedule("web-1")) is not None
+        assert await made.engine.scheduler.begin_now(made.schedule("web-1")).ended() is not None
         await trio.sleep(20)
         assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") == 1
 
