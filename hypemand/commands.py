@@ -68,15 +68,21 @@ def run(options: argparse.Namespace) -> int:
         return _tell_problems(path, problems)
     import trio
 
+    from hypemand.core.errors import InvalidInput
     from hypemand.daemon import StateUnusableError, run_daemon
     from hypemand.state.codec import NewerFormatError
     from hypemand.state.lock import LockHeldError
+    from hypemand.surface.access import read_access
     from hypemand.surface.log import set_up_log
 
+    try:
+        access = read_access(config.api) if config.api.listen is not None else None
+    except InvalidInput as error:
+        return _tell_problems(path, list(error.problems))
     set_up_log(config.log)
     trouble = None
     try:
-        trio.run(run_daemon, path, version, config)
+        trio.run(run_daemon, path, version, config, access)
     except* LockHeldError as held:
         trouble = CommandError(f"{_first(held)}; stop that one first", LOCKED)
     except* NewerFormatError as newer:

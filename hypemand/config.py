@@ -62,7 +62,7 @@ class LogConfig:
 
 @frozen
 class ApiConfig:
-    """The table ``[api]``."""
+    """The table ``[api]``. Whether there are tokens for *listen* is checked where the environment is known."""
 
     socket: Path | None = None
     listen: str | None = None
@@ -294,8 +294,6 @@ def _api_problems(raw: object) -> Iterator[Problem]:
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         yield Problem("api.listen", f'{listen!r} must be an address and a port, like "127.0.0.1:8080"')
         return
-    if "tokens_file" not in raw:
-        yield Problem("api.tokens_file", "is missing; api.listen needs a file of tokens")
     for key in ("tls_cert", "tls_key"):
         if key not in raw and not _is_loopback(host.strip("[]")):
             yield Problem(f"api.{key}", f"is missing; {host} can be reached from other machines, so it needs TLS")
@@ -335,8 +333,6 @@ def config_warnings(config: Config) -> list[str]:
     ]
     if not config.schedules:
         warnings.append("schedules: there are none")
-    if config.api.listen is not None or config.api.socket is not None:
-        warnings.append("api: has no effect, this version serves no API yet")
     if not config.runs.guard:
         warnings.append(GUARD_OFF)
     return warnings

@@ -1,4 +1,4 @@
-"""The daemon's process: state lock, signals, the config file, and the engine in between."""
+"""The daemon's process: state lock, signals, the config file, the engine in between, and the API in front of it."""
 
 import signal
 from collections.abc import AsyncIterable
@@ -18,12 +18,21 @@ from hypemand.engine.engine import Engine, Outside, this_machine
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.guarding import Guarding, settle_command
 from hypemand.engine.reload import watch_file
+from hypemand.engine.requests import Requests
 from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
+from hypemand.surface.access import Access, CurrentAccess
+from hypemand.surface.api import api_routes, make_app
 from hypemand.surface.hooks import Hooks
 from hypemand.surface.log import set_up_log
+from hypemand.surface.metrics import Metrics
+from hypemand.surface.openapi import openapi_route
+from hypemand.surface.serving import Serving
+from hypemand.surface.sockets import socket_path
 
 CONFIG_PATIENCE_S = 30.0
+LAST_ANSWERS_S = 2.0
+"""How long clients are waited for, at the end, that have an answer to come."""
 _log = structlog.get_logger()
 
 
@@ -37,14 +46,18 @@ class Daemon:
 
     Attributes:
         version: The config file's, of which *config* is the content.
+        access: Of clients that come over TCP.
         life: Cancelled when it is told to stop while it still starts.
     """
 
     config_path: Path
     version: Signature | None
     config: Config
+    access: CurrentAccess
     engine: Engine | None = field(init=False, default=None)
+    api: Serving | None = field(init=False, default=None)
     guarding: Guarding | None = field(init=False, default=None)
+    metrics: Metrics | None = field(init=False, default=None)
     life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
     _reloading: trio.Lock = field(init=False, factory=trio.Lock)
 
@@ -72,7 +85,12 @@ class Daemon:
                 self.guarding = guarding
                 self.engine = await self._started(outside, background)
                 nursery.start_soon(self._watch)
+                self.api = self._front(self.engine)
+                background.start_soon(self._serve_api, self.engine, self.api)
                 await self.engine.serve()
+                self.api.stop()
+                with trio.move_on_after(LAST_ANSWERS_S):
+                    await self.api.over.wait()
                 background.cancel_scope.cancel()
         finally:
             lock.release()
@@ -80,7 +98,8 @@ class Daemon:
     async def _started(self, outside: Outside, background: trio.Nursery) -> Engine:
         config = self.config
         engine = Engine(config, new_fleet(config.state_dir), outside, background)
-        background.start_soon(self._run_hooks, engine)
+        self.metrics = Metrics(engine)
+        background.start_soon(self._tell_of, engine, self.metrics)
         try:
             await engine.load()
         except OSError as error:
@@ -95,10 +114,28 @@ class Daemon:
             _log.info("next run", instance_id=schedule.instance_id, at=at)
         return engine
 
-    async def _run_hooks(self, engine: Engine) -> None:
+    def _front(self, engine: Engine) -> Serving:
+        assert self.metrics is not None
+        routes = [*api_routes(Requests(engine)), openapi_route(), self.metrics.route()]
+        return Serving(
+            path=socket_path(self.config),
+            socket_app=make_app(routes),
+            listen=self.config.api.listen,
+            tcp_app=make_app(routes, self.access.client_of),
+            tls=self.access.tls,
+        )
+
+    async def _serve_api(self, engine: Engine, api: Serving) -> None:
+        await engine.scheduler.serving.wait()
+        await api.serve()
+
+    async def _tell_of(self, engine: Engine, metrics: Metrics) -> None:
+        """From the first on: what was left open is settled before anything is served."""
         hooks = Hooks(lambda: self.config.hooks)
-        with engine.events.heard_by(hooks.heard):
-            await hooks.serve()
+        with engine.events.heard_by(hooks.heard), engine.events.heard_by(metrics.heard):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(metrics.keep_counting)
+                await hooks.serve()
 
     def _unusable(self, error: OSError) -> StateUnusableError:
         where = error.filename or self.config.state_dir
@@ -117,6 +154,8 @@ class Daemon:
                 self.life.cancel()
             else:
                 self.engine.stop(grace_s)
+            if self.api is not None:
+                self.api.stop()
             stopping = True
 
     async def _watch(self) -> None:
@@ -132,6 +171,7 @@ class Daemon:
             config = await self._read_config()
             if config is not None:
                 await self._apply(config)
+            await self.access.reread(self.config.api)  # also when the config is not: a token may have been taken away
 
     async def _read_config(self) -> Config | None:
         log = _log.bind(path=str(self.config_path))
@@ -151,6 +191,11 @@ class Daemon:
         assert self.engine is not None
         if config.state_dir != self.engine.store.state_dir:
             _log.warning("a new state_dir takes a restart", state_dir=str(config.state_dir))
+        assert self.api is not None
+        if socket_path(config) != self.api.path:
+            _log.warning("a new api.socket takes a restart", socket=str(socket_path(config)))
+        if config.api.listen != self.api.listen:
+            _log.warning("a new api.listen takes a restart", listen=config.api.listen)
         set_up_log(config.log)
         log_warnings(config)
         self.config = config
@@ -170,15 +215,16 @@ def log_warnings(config: Config) -> None:
         _log.warning("config", warning=warning)
 
 
-async def run_daemon(config_path: Path, version: Signature | None, config: Config) -> None:
+async def run_daemon(config_path: Path, version: Signature | None, config: Config, access: Access | None) -> None:
     """Run the daemon until it is told to stop.
 
     Args:
         version: The config file's, from before *config* was read from it.
+        access: What *config* asks for; None where it has no ``api.listen``.
 
     Raises:
         LockHeldError: Another one runs on the same state.
         NewerFormatError: The state is that of a later version.
         StateUnusableError: There is no state directory to be had.
     """
-    await Daemon(config_path, version, config).run()
+    await Daemon(config_path, version, config, CurrentAccess(access)).run()

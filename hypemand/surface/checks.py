@@ -1,12 +1,13 @@
-"""What ``check-config`` finds beyond the file itself: backends that don't answer, entries that can't be had."""
+"""What ``check-config`` finds beyond the file itself: tokens, TLS, backends that don't answer, entries in conflict."""
 
 from attrs import define, field
 
 from hypemand.config import Config, HooksConfig
-from hypemand.core.errors import Problem
+from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.model import ManagedBy
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
+from hypemand.surface.access import read_access
 from hypemand.surface.hooks import command_trouble
 from hypemand.surface.report import NEVER_USED, State, read_state, used_backends
 
@@ -20,8 +21,13 @@ class Findings:
 
 
 async def check_backends(config: Config) -> Findings:
-    """Ask the backends of *config* for their instances, and compare with its schedules. Changes nothing."""
+    """Read the files that *config* names, and compare what its backends have with its schedules. Changes nothing."""
     findings = Findings()
+    try:
+        if config.api.listen is not None:
+            read_access(config.api)
+    except InvalidInput as error:
+        findings.problems += error.problems
     fleet = new_fleet(config.state_dir)
     fleet.have(config.backends)
     try:

@@ -1,4 +1,4 @@
-"""The control socket in the filesystem: where it is, how it is made, and whose it is. What comes through is elsewhere."""
+"""The control socket in the filesystem: where it is, how it is made, and whose it is."""
 
 import contextlib
 import fcntl
@@ -145,6 +145,8 @@ def _make_room(path: Path, name: str) -> None:
             return
         except FileNotFoundError:
             return
+        except PermissionError:
+            raise  # whether somebody listens can't be told
         except OSError:
             pass  # too many wait for an answer, or it is a socket of another kind: somebody's all the same
     raise SocketRefusedError(f"another program listens at {path}: stop it, or set api.socket to another path")

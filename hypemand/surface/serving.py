@@ -1,0 +1,250 @@
+"""The API's doors: the control socket always, TCP when it is configured; who comes in gets a connection.
+
+A door that can't be opened is tried again. Schedules never wait for a client.
+"""
+
+import contextlib
+import errno
+import socket
+from collections.abc import Awaitable, Callable
+from functools import partial
+from pathlib import Path
+from ssl import SSLContext
+from typing import Any, TypeVar
+
+import structlog
+import trio
+from attrs import field, frozen
+from hypercorn.trio.worker_context import WorkerContext
+from starlette.types import ASGIApp
+
+from hypemand.surface.connection import Connection, Limits, http_config
+from hypemand.surface.sockets import BACKLOG, ControlSocket, SocketRefusedError, open_control_socket
+
+T = TypeVar("T")
+RETRY_S = 5.0
+_NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
+_KEEP_ALIVE = (
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 4),
+)
+"""For clients that vanish while they wait for a long answer; those who come in have it from who listens."""
+_log = structlog.get_logger()
+
+
+@frozen
+class _Door:
+    """One way to come in, and those who came."""
+
+    app: ASGIApp
+    tls: Callable[[], SSLContext | None]
+    connections: set[Connection] = field(factory=set)
+    changed: trio.lowlevel.ParkingLot = field(factory=trio.lowlevel.ParkingLot)
+
+    def change(self) -> None:
+        """Look again whether there is room."""
+        self.changed.unpark_all()
+
+    async def room(self, most: int) -> None:
+        """Wait until there is room for one more; who is without a request the longest makes it."""
+        while len(self.connections) >= most:
+            idle = [connection for connection in self.connections if connection.makes_room]
+            if idle:
+                min(idle, key=lambda connection: connection.since).close()
+            await self.changed.park()
+
+
+class Serving:
+    """Serves the API from `serve` on until `stop`.
+
+    Attributes:
+        path: Of the control socket.
+        listen: Host and port for TCP, if it is served.
+        over: Set once the last connection is closed.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: Path,
+        socket_app: ASGIApp,
+        listen: str | None = None,
+        tcp_app: ASGIApp | None = None,
+        tls: Callable[[], SSLContext | None] = lambda: None,
+        limits: Limits | None = None,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self.path = path
+        self.listen = listen
+        self._limits = limits or Limits()
+        self._retry_s = retry_s
+        self._http = http_config(self._limits)
+        self._context = WorkerContext(None)
+        self._socket_door = _Door(socket_app, lambda: None)
+        self._tcp_door = None if tcp_app is None else _Door(tcp_app, tls)
+        self._accepting = trio.CancelScope()
+        self.over = trio.Event()
+
+    async def serve(self) -> None:
+        """Open the doors, and serve who comes in until `stop`; then answer what has been asked."""
+        try:
+            async with trio.open_nursery() as clients:
+                with self._accepting:
+                    async with trio.open_nursery() as doors:
+                        doors.start_soon(self._keep_control_socket, clients)
+                        if self.listen is not None and self._tcp_door is not None:
+                            doors.start_soon(self._keep_tcp, self.listen, self._tcp_door, clients)
+                await self._context.terminated.set()
+                for door in (self._socket_door, self._tcp_door):
+                    for connection in [*door.connections] if door else ():
+                        if connection.makes_room:
+                            connection.close()
+        finally:
+            self.over.set()
+
+    def stop(self) -> None:
+        """Let nobody in any more, and have idle connections closed. Requests under way go on until they are answered.
+
+        Called before `serve`, nobody is let in at all.
+        """
+        self._accepting.cancel()
+
+    async def _keep_control_socket(self, clients: trio.Nursery) -> None:
+        place = str(self.path)
+        while True:
+            made = await self._opened(place, lambda: trio.to_thread.run_sync(open_control_socket, self.path))
+            try:
+                async with trio.open_nursery() as nursery:
+                    listener = trio.socket.from_stdlib_socket(made.socket)
+                    nursery.start_soon(self._accept, listener, self._socket_door, clients)
+                    _log.info("API serves", socket=place)
+                    await self._until_lost(made)
+                    nursery.cancel_scope.cancel()
+            finally:
+                made.close()
+            _log.warning("the API's socket was removed or replaced by somebody; making it again", socket=place)
+
+    async def _until_lost(self, made: ControlSocket) -> None:
+        there = True
+        while there:
+            await trio.sleep(self._retry_s)
+            there = await trio.to_thread.run_sync(made.is_there, abandon_on_cancel=True)
+
+    async def _keep_tcp(self, listen: str, door: _Door, clients: trio.Nursery) -> None:
+        listeners = await self._opened(listen, partial(open_tcp, listen))
+        try:
+            async with trio.open_nursery() as nursery:
+                for listener in listeners:
+                    nursery.start_soon(self._accept, listener, door, clients)
+                _log.info("API serves", listen=listen, tls=door.tls() is not None)
+        finally:
+            for listener in listeners:
+                listener.close()
+
+    async def _opened(self, place: str, opening: Callable[[], Awaitable[T]]) -> T:
+        """What *opening* makes; tried again until it does, for schedules matter more than who asks about them."""
+        told = ""
+        while True:
+            try:
+                return await opening()
+            except (OSError, SocketRefusedError) as error:
+                why = _why(place, error)
+            if why != told:
+                _log.error("API not reachable here; schedules go on, trying again", at=place, error=why)
+                told = why
+            await trio.sleep(self._retry_s)
+
+    async def _accept(self, listener: trio.socket.SocketType, door: _Door, clients: trio.Nursery) -> None:
+        while True:
+            try:
+                client, _ = await listener.accept()
+            except OSError as error:  # who wanted to come in is gone, or there are too many open files
+                _log.warning("a client could not come in", error=error.strerror)
+                await trio.sleep(min(1.0, self._retry_s))
+                continue
+            try:
+                await door.room(self._limits.connections)
+                connection = Connection(
+                    trio.SocketStream(client),
+                    door.app,
+                    tls=door.tls(),
+                    config=self._http,
+                    context=self._context,
+                    limits=self._limits,
+                    apps=clients,
+                    on_change=door.change,
+                )
+            except BaseException:
+                client.close()
+                raise
+            door.connections.add(connection)
+            clients.start_soon(self._serve_client, connection, door)
+
+    async def _serve_client(self, connection: Connection, door: _Door) -> None:
+        try:
+            await connection.run()
+        except Exception:  # noqa: BLE001 - whatever one client sends, hypemand and the other clients go on
+            _log.exception("connection failed", client=connection.client)
+        finally:
+            door.connections.discard(connection)
+            door.change()
+
+
+def _why(place: str, error: Exception) -> str:
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno == errno.EADDRINUSE:
+        return f"another program listens at {place}: stop it, or set api.listen to another port"
+    if isinstance(error, PermissionError):
+        return f"{error.strerror}: let the user that hypemand runs as do this, or set another place in [api]"
+    return error.strerror or str(error)
+
+
+def address_of(listen: str) -> tuple[str, int]:
+    """Host and port of *listen*, as the config has it."""
+    host, _, port = listen.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+async def open_tcp(listen: str) -> list[trio.socket.SocketType]:
+    """Listen at each address that *listen* stands for; one that this machine does not have is left out.
+
+    Raises:
+        OSError: There is none to listen at, or one is taken.
+    """
+    host, port = address_of(listen)
+    found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    opened: list[trio.socket.SocketType] = []
+    missing: list[OSError] = []
+    with contextlib.ExitStack() as on_error:
+        for family, _, _, _, address in dict.fromkeys(found):
+            try:
+                opened.append(await _listen(family, address))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                missing.append(error)
+            else:
+                on_error.callback(opened[-1].close)
+        if not opened:
+            raise missing[0]
+        on_error.pop_all()
+    return opened
+
+
+async def _listen(family: int, address: tuple[Any, ...]) -> trio.socket.SocketType:
+    listener = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        for level, option, value in _KEEP_ALIVE:
+            listener.setsockopt(level, option, value)
+        if family == socket.AF_INET6:
+            listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the other one has a socket of its own
+        await listener.bind(address)
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
