@@ -81,6 +81,7 @@ class Events:
             self._suspend,
             self._unsynchronised,
             editors.delete,
+            editors.run_now,
             editors.edit_by_hand,
             editors.break_by_hand,
             hosts.operator_lets_run,
