@@ -40,6 +40,7 @@ class Limits:
 
     Attributes:
         connections: Open at once, of the clients that come one way.
+        settle_s: Without a request, before it may be closed to make room for others.
         idle_s: Without a request.
         head_s: From the first byte of a request to the end of its head.
         body_s: From there to the end of its body.
@@ -48,6 +49,7 @@ class Limits:
     """
 
     connections: int = 64
+    settle_s: float = 1.0
     head_bytes: int = 16 * 1024
     handshake_s: float = 10.0
     idle_s: float = 65.0
@@ -308,7 +310,7 @@ class _Http1(H11Protocol):
 
 
 _REFUSALS = {
-    400: "this is no request in HTTP/1.1",
+    400: "this is no valid request in HTTP/1.1",
     408: "the request did not arrive in time",
     431: "the head of the request is too large",
 }

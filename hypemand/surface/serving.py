@@ -5,6 +5,7 @@ A door that can't be opened is tried again. Schedules never wait for a client.
 
 import contextlib
 import errno
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -47,13 +48,19 @@ class _Door:
         """Look again whether there is room."""
         self.changed.unpark_all()
 
-    async def room(self, most: int) -> None:
+    async def room(self, limits: Limits) -> None:
         """Wait until there is room for one more; who is without a request the longest makes it."""
-        while len(self.connections) >= most:
+        while len(self.connections) >= limits.connections:
             idle = [connection for connection in self.connections if connection.makes_room]
+            wait_s = math.inf
             if idle:
-                min(idle, key=lambda connection: connection.since).close()
-            await self.changed.park()
+                longest = min(idle, key=lambda connection: connection.since)
+                wait_s = longest.since + limits.settle_s - trio.current_time()
+                if wait_s <= 0:
+                    longest.close()
+                    wait_s = math.inf
+            with trio.move_on_after(wait_s):
+                await self.changed.park()
 
 
 class Serving:
@@ -165,7 +172,7 @@ class Serving:
                 await trio.sleep(min(1.0, self._retry_s))
                 continue
             try:
-                await door.room(self._limits.connections)
+                await door.room(self._limits)
                 connection = Connection(
                     trio.SocketStream(client),
                     door.app,
