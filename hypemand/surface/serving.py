@@ -19,11 +19,12 @@ from attrs import field, frozen
 from hypercorn.trio.worker_context import WorkerContext
 from starlette.types import ASGIApp
 
-from hypemand.surface.connection import Connection, Limits, http_config
+from hypemand.surface.connection import Connection, Limits
+from hypemand.surface.http1 import http_config
 from hypemand.surface.sockets import BACKLOG, ControlSocket, SocketRefusedError, open_control_socket
 
 T = TypeVar("T")
-RETRY_S = 5.0
+RETRY_S = 2.0
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -87,7 +88,7 @@ class Serving:
         self.listen = listen
         self._limits = limits or Limits()
         self._retry_s = retry_s
-        self._http = http_config(self._limits)
+        self._http = http_config(self._limits.head_bytes)
         self._context = WorkerContext(None)
         self._socket_door = _Door(socket_app, lambda: None)
         self._tcp_door = None if tcp_app is None else _Door(tcp_app, tls)
