@@ -1,5 +1,6 @@
 """The API's doors and connections: what clients do wrong, or on purpose, over real sockets and against small apps."""
 
+import random
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -341,6 +342,37 @@ async def test_a_client_that_breaks_off_in_its_body_is_no_news(path: Path, heard
                 await client.send_all(head("PUT", "/", "Content-Length: 100") + b"some")
                 await trio.sleep(0.02)
         await wait_until(lambda: len(ended) == 3, "apps told")
+    assert nothing_worse_than_info(heard_log)
+
+
+async def test_clients_that_break_off_and_spoil_what_they_say_anywhere_are_no_news(
+    path: Path, heard_log: list[EventDict]
+) -> None:
+    chance = random.Random(1)  # the same each time
+    whole = [
+        head("PUT", "/", "Content-Length: 20") + b"twenty bytes or less",
+        head("PUT", "/", "Transfer-Encoding: chunked") + b"5\r\nabcde\r\n0\r\n\r\n",
+        head("GET", "/", "Connection: close"),
+        head(),
+    ]
+
+    async def one_after_another() -> None:
+        for _ in range(60):
+            said = bytearray(b"".join(chance.choices(whole, k=4)))
+            for _ in range(chance.randrange(4)):
+                said[chance.randrange(len(said))] = chance.randrange(256)
+            async with await connect(path) as client:
+                with trio.move_on_after(0.02), suppress(trio.BrokenResourceError):
+                    await client.send_all(said[: chance.randrange(len(said))])
+                    if chance.random() < 0.5:
+                        await client.send_eof()
+                    await client.receive_some(chance.randrange(1, 1000))
+
+    async with served(path):
+        async with trio.open_nursery() as clients:
+            for _ in range(8):
+                clients.start_soon(one_after_another)
+        assert (await ask(path)).status == 200
     assert nothing_worse_than_info(heard_log)
 
 

@@ -162,6 +162,7 @@ class Connection:
         """Close it in peace, unless it has to make room."""
         if self._evicted:
             return
+        self._closing = True
         self._wire.lingers = self._phase is Phase.HEAD or self._protocol.is_unread
         self._scope = trio.CancelScope()
         with self._scope, contextlib.suppress(trio.BrokenResourceError):
@@ -190,7 +191,8 @@ class Connection:
             try:
                 with trio.fail_after(self._limits.send_s):
                     async with self._sending:
-                        await self._stream.send_all(event.data)
+                        if not self._closing:  # else the client is gone, or has had its last answer
+                            await self._stream.send_all(event.data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 self._read_no_more()
         elif isinstance(event, Updated):
