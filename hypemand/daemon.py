@@ -24,6 +24,7 @@ from hypemand.state.lock import take_lock
 from hypemand.surface.access import Access, CurrentAccess
 from hypemand.surface.api import api_routes, make_app
 from hypemand.surface.log import set_up_log
+from hypemand.surface.openapi import openapi_route
 from hypemand.surface.serving import Serving
 from hypemand.surface.sockets import socket_path
 
@@ -109,7 +110,7 @@ class Daemon:
         return engine
 
     def _front(self, engine: Engine) -> Serving:
-        routes = api_routes(Requests(engine))
+        routes = [*api_routes(Requests(engine)), openapi_route()]
         return Serving(
             path=socket_path(self.config),
             socket_app=make_app(routes),

@@ -134,7 +134,7 @@ def _schemas() -> Document:
     return {
         "SnapshotSchedule": _object(tuple(schedule)[:6], schedule, examples=[_SCHEDULE]),
         "SetSnapshotScheduleRequest": _object(
-            ("interval", "retention"), asked, examples=[_ASKED, {"interval": "24h", "retention": {}}]
+            ("interval",), asked, examples=[_ASKED, {"interval": "24h", "retention": {}}, {"interval": "1h30m"}]
         ),
         "Run": _run_schema(),
         "Error": _object(("code", "message"), {"code": _text("What kind of error."), "message": _text("For people.")}),
