@@ -11,6 +11,7 @@ from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, Outcome, RunFinished, Schedule, Trigger
 from hypemand.engine.clock import Clock
 from hypemand.engine.events import Events, RunEnded
+from hypemand.engine.latest import LatestRuns
 from hypemand.engine.made import MakingOrder
 from hypemand.engine.records import FreezeRecords
 from hypemand.state.codec import Line
@@ -27,6 +28,7 @@ class Recorder:
 
     Attributes:
         freezes: How long guests stood still in the runs recorded so far.
+        latest: How the last of them ended, by instance.
     """
 
     def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event, events: Events) -> None:
@@ -36,12 +38,14 @@ class Recorder:
         self._give_up = give_up
         self._events = events
         self.freezes = FreezeRecords()
+        self.latest = LatestRuns()
         self._order = MakingOrder()
 
     def learn(self, lines: Iterable[Line]) -> None:
         """Take in what the run log tells of earlier runs, oldest first."""
         lines = list(lines)
         self.freezes.learn(lines)
+        self.latest.learn(lines)
         self._order.learn(lines)
 
     def made(self, instance: InstanceId) -> list[str]:
@@ -56,6 +60,7 @@ class Recorder:
         if started is not None:
             self.freezes.finished(started, run)
         self._order.finished(run)
+        self.latest.finished(run)
         pause_s = 0.1
         while True:
             try:

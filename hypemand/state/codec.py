@@ -62,6 +62,11 @@ def encode_line(line: Line) -> bytes:
     return _dumps({"event": kind, **line_document(line)}, orjson.OPT_APPEND_NEWLINE)
 
 
+def encode_run(run: RunFinished) -> bytes:
+    """*run* as the history has it, in one line with its newline."""
+    return _dumps(line_document(run), orjson.OPT_APPEND_NEWLINE)
+
+
 def line_document(line: Line) -> dict[str, Any]:
     """*line* as JSON values, every key present."""
     document: dict[str, Any] = _LINES.unstructure(line)
