@@ -67,7 +67,9 @@ class Program:
         options: dict[str, Any] = {"api_key": self.key, "base_url": self.lab.url, "_strict_response_validation": True}
         uds = str(self.lab.socket) if "socket" in self.way else None
         if self.way.startswith("sync"):
-            http = httpx.Client(transport=httpx.HTTPTransport(uds=uds, verify=False), event_hooks={"response": [self._note]})
+            http = httpx.Client(
+                transport=httpx.HTTPTransport(uds=uds, verify=False), event_hooks={"response": [self._note]}
+            )
             with hypeman.Hypeman(http_client=http, **options) as client:
                 return call(client)
         return asyncio.run(self._ask_async(call, uds, options))
