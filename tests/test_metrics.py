@@ -127,6 +127,36 @@ async def test_a_run_that_outlives_its_schedule_brings_no_series_back(
     assert after.of("web-1") == set()
 
 
+async def test_a_run_that_ends_without_a_schedule_is_not_counted_for_the_next_one(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        made.backend.capture_s = 20.0
+        await trio.sleep(10)
+        await made.apply()
+        await trio.sleep(30)
+        await made.apply(now_and_then())
+        page = await scrape(metrics)
+        assert made.outcomes("web-1") == ["succeeded"]
+    assert page.value("hypemand_runs_total", "web-1", outcome="succeeded", trigger="schedule") == 0
+
+
+async def test_slots_that_a_downtime_passed_over_are_counted_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock, backend = FakeClock(), None
+    async with metered(tmp_path, now_and_then(), clock=clock) as (made, metrics):
+        backend = made.backend
+        await trio.sleep(SOON)
+        before = await scrape(metrics)
+    await trio.sleep(5 * 3600)
+    async with metered(tmp_path, now_and_then(), clock=clock, backends=[backend], first_id=100) as (made, metrics):
+        await trio.sleep(SOON)
+        after = await scrape(metrics)
+        missed = made.history()[-1].missed
+    assert before.value("hypemand_missed_slots_total", "web-1") == 0
+    assert after.value("hypemand_missed_slots_total", "web-1") == missed == 4
+    assert after.value("hypemand_last_run_lateness_seconds", "web-1") == 4 * 3600 + SOON
+
+
 async def test_after_a_restart_gauges_are_right_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
     clock, backend = FakeClock(), None
     async with metered(tmp_path, now_and_then(), clock=clock) as (made, metrics):
