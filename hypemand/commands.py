@@ -273,6 +273,7 @@ def recover(options: argparse.Namespace) -> int:
 
     from hypemand.engine.offline import recover
     from hypemand.state.codec import NewerFormatError
+    from hypemand.surface.hooks import run_hooks
     from hypemand.surface.log import set_up_log
 
     config = _config_or_state_dir(options)
@@ -289,6 +290,7 @@ def recover(options: argparse.Namespace) -> int:
     if trouble is not None:
         raise trouble  # raised in there, it would come out in a group
     assert result is not None
+    trio.run(run_hooks, config.hooks, result.ended, config.hooks.timeout.total_seconds())
     for line in result.left:
         print(f"hypemand: still open: {line}", file=sys.stderr)
     print(result.summary)
