@@ -133,6 +133,7 @@ class RunLog:
         self._rotate_bytes = rotate_bytes
         self._descriptor = -1
         self._size = 0
+        self._names_unsure = False
         self._batch = _Batch()
         self._turn = trio.Lock()
         self._open: dict[str, RunStarted] = {}
@@ -235,6 +236,10 @@ class RunLog:
                 self._open.pop(line.run_id, None)
 
     def _write(self, data: bytes) -> None:
+        if self._names_unsure:
+            # Else a power cut could bring the rotation back, and there runs are open that end in this file now.
+            self._disk.sync_directory(self._state_dir)
+            self._names_unsure = False
         if not self._in_place():  # moved away by hand, or by a rotation that failed half-way
             self._reopen()
             data = self._carried() + data
@@ -289,6 +294,7 @@ class RunLog:
             self._reopen()
         except OSError:
             # Else each further attempt would push a segment out, and in the end the one that is written to.
+            self._names_unsure = True
             for source, target in reversed(moved):
                 if target.exists() and not source.exists():
                     target.rename(source)
