@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from hypemand import __version__, commands
+from hypemand import __version__, commands, reports
 from hypemand.commands import FAILED, OK, CommandError
 
 _ABOUT = """\
@@ -100,10 +100,20 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", commands.run, "run the daemon in the foreground", "The log goes to stderr.")
     check = add("check-config", commands.check_config, "check the config and its backends, and list every problem")
-    status = add("status", commands.status, "show each instance: state, next and last run, snapshots kept, errors")
-    plan = add("plan", commands.plan, "show what will run and what will be pruned, and why")
-    snapshots = add("snapshots", commands.snapshots, "list the scheduled snapshots that are kept")
-    history = add("history", commands.history, "list the runs, newest last")
+    status = add("status", reports.status, "show each instance: state, next and last run, snapshots kept, errors")
+    plan = add("plan", reports.plan, "show what will run and what will be pruned, and why")
+    snapshots = add("snapshots", reports.snapshots, "list the scheduled snapshots that are kept")
+    history = add("history", reports.history, "list the runs, newest last")
+    run_now = add(
+        "run-now",
+        commands.run_now,
+        "have a snapshot taken at once, by the running daemon, and wait for it",
+        "Tells of each step on stderr, and ends with the snapshot's id on stdout. Retention prunes after it as after"
+        " any other run; the schedule's next run stays where it is. Ctrl-C leaves the run going. Exit status: 0"
+        " taken, 1 failed or refused.",
+    )
+    run_now.add_argument("instance", metavar="INSTANCE", help="an instance with a schedule")
+    run_now.add_argument("--json", action="store_true", help="the run's line of the history on stdout, for programs")
     add(
         "recover",
         commands.recover,
@@ -114,6 +124,11 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
     for sub in (status, plan, snapshots, history):
         sub.add_argument("instance", nargs="?", metavar="INSTANCE", help="this instance alone")
+    status.add_argument(
+        "--check",
+        action="store_true",
+        help="one line for monitoring; exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN",
+    )
     plan.add_argument(
         "--for", dest="within", default="24h", metavar="DURATION", help="how far to look ahead, like 12h or 168h (24h)"
     )

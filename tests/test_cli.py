@@ -20,6 +20,7 @@ COMMANDS = {
     "plan": "what will be pruned, and why",
     "snapshots": "snapshots that are kept",
     "history": "newest last",
+    "run-now": "taken at once",
     "recover": "every guest runs",
 }
 REPORTS = ("status", "plan", "snapshots", "history")
@@ -141,7 +142,7 @@ async def test_recover_goes_on_without_a_config(used: Lab, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {"recover"}))
 async def test_a_missing_config_is_told_with_what_to_do(tmp_path: Path, name: str) -> None:
     missing = tmp_path / "nowhere.toml"
-    told = await run_cli(name, "-c", missing)
+    told = await run_cli(name, *(["web-1"] if name == "run-now" else []), "-c", missing)
     assert (told.status, told.stdout) == (78, "")
     (line,) = told.stderr.splitlines()
     assert str(missing) in line
@@ -237,6 +238,7 @@ RUN_KEYS = {
     "started_at",
     "finished_at",
     "outcome",
+    "trigger",
     "kind",
     "snapshot_id",
     "snapshot_name",
@@ -258,10 +260,15 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
     assert (told.status, told.stderr) == (0, "")
     document = told.json
     assert document.keys() == {
+        "at",
+        "answered_by",
         "daemon",
+        "lock",
+        "socket_trouble",
         "state_dir",
         "config_problems",
         "problems",
+        "clock_doubts",
         "warnings",
         "unreadable_state_files",
         "quarantine",
@@ -269,6 +276,7 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
         "open_runs",
         "instances",
     }
+    assert (document["answered_by"], document["lock"]) == ("files", None)
     assert document["daemon"] == {"running": False, "pid": None}
     assert document["state_dir"] == str(used.state)
     for key in (
@@ -291,10 +299,13 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
             "made",
             "schedule",
             "last_run",
+            "last_attempt",
             "open_run",
             "under_way",
+            "current_run",
             "last_snapshot",
             "last_snapshot_age_s",
+            "last_good_at",
             "snapshots_kept",
             "snapshots_bytes",
             "freeze",

@@ -11,6 +11,7 @@ from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, Outcome, RunFinished, Schedule, Trigger
 from hypemand.engine.clock import Clock
 from hypemand.engine.events import Events, RunEnded
+from hypemand.engine.last_runs import LastRuns
 from hypemand.engine.made import MakingOrder
 from hypemand.engine.records import FreezeRecords
 from hypemand.state.codec import Line
@@ -27,6 +28,8 @@ class Recorder:
 
     Attributes:
         freezes: How long guests stood still in the runs recorded so far.
+        last_runs: How the last of them ended.
+        order: In which order snapshots were made.
     """
 
     def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event, events: Events) -> None:
@@ -36,18 +39,20 @@ class Recorder:
         self._give_up = give_up
         self._events = events
         self.freezes = FreezeRecords()
-        self._order = MakingOrder()
+        self.last_runs = LastRuns()
+        self.order = MakingOrder()
 
     def learn(self, lines: Iterable[Line]) -> None:
         """Take in what the run log tells of earlier runs, oldest first."""
         lines = list(lines)
         self.freezes.learn(lines)
-        self._order.learn(lines)
+        self.last_runs.learn(lines)
+        self.order.learn(lines)
 
     def made(self, instance: InstanceId) -> list[str]:
         """Ids of the snapshots of *instance* in the order in which they were made, those of open runs last."""
         under_way = [run.run_id for run in self._runlog.open_runs if run.instance_id == instance]
-        return [*self._order.of(instance), *under_way]
+        return [*self.order.of(instance), *under_way]
 
     async def finished(self, run: RunFinished) -> None:
         """Append *run* to the log, and bring its schedule up to date. Retries until it holds or hypemand stops."""
@@ -55,7 +60,8 @@ class Recorder:
         started = next((line for line in self._runlog.open_runs if line.run_id == run.run_id), None)
         if started is not None:
             self.freezes.finished(started, run)
-        self._order.finished(run)
+        self.last_runs.finished(run)
+        self.order.finished(run)
         pause_s = 0.1
         while True:
             try:
