@@ -85,10 +85,11 @@ class RunsConfig:
 
 @frozen
 class HooksConfig:
-    """The table ``[hooks]``: commands, without a shell."""
+    """The table ``[hooks]``: commands, without a shell; an empty one is none."""
 
     on_failure: tuple[str, ...] = ()
     on_success: tuple[str, ...] = ()
+    timeout: PositiveDuration = timedelta(minutes=1)
 
 
 @frozen
@@ -203,7 +204,12 @@ def parse_config(data: bytes, base: Path, state_dir: Path, parse_settings: Parse
     except InvalidInput as error:
         problems += error.problems
     backends, backend_problems = _parse_backends(raw.get("backends"), base, parse_settings)
-    problems += [*backend_problems, *_schedule_problems(raw), *_api_problems(raw.get("api"))]
+    problems += [
+        *backend_problems,
+        *_schedule_problems(raw),
+        *_api_problems(raw.get("api")),
+        *_hook_problems(raw.get("hooks")),
+    ]
     if problems:
         raise InvalidInput(dict.fromkeys(problems))
     return Config(
@@ -293,6 +299,18 @@ def _api_problems(raw: object) -> Iterator[Problem]:
             yield Problem(f"api.{key}", f"is missing; {host} can be reached from other machines, so it needs TLS")
 
 
+def _hook_problems(raw: object) -> Iterator[Problem]:
+    for key in ("on_failure", "on_success"):
+        words = raw.get(key) if isinstance(raw, dict) else None
+        if not isinstance(words, list) or not words:
+            continue
+        if any(isinstance(word, str) and "\0" in word for word in words):
+            yield Problem(f"hooks.{key}", "has a NUL, which no command can be given")
+        if isinstance(words[0], str) and not words[0].startswith("/"):
+            why = "a service is started with a PATH, and in a directory, other than yours"
+            yield Problem(f"hooks.{key}[0]", f"{words[0]!r} must be an absolute path: {why}")
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
@@ -317,6 +335,4 @@ def config_warnings(config: Config) -> list[str]:
         warnings.append("schedules: there are none")
     if not config.runs.guard:
         warnings.append(GUARD_OFF)
-    if config.hooks != HooksConfig():
-        warnings.append("hooks: have no effect, this version runs none yet")
     return warnings

@@ -24,7 +24,10 @@ from hypemand.state.lock import take_lock
 from hypemand.surface.access import Access, CurrentAccess
 from hypemand.surface.api import api_routes, make_app
 from hypemand.surface.control import Control, control_routes
+from hypemand.surface.hooks import Hooks
 from hypemand.surface.log import set_up_log
+from hypemand.surface.metrics import Metrics
+from hypemand.surface.openapi import openapi_route
 from hypemand.surface.serving import Serving
 from hypemand.surface.sockets import socket_path
 
@@ -55,6 +58,7 @@ class Daemon:
     engine: Engine | None = field(init=False, default=None)
     api: Serving | None = field(init=False, default=None)
     guarding: Guarding | None = field(init=False, default=None)
+    metrics: Metrics | None = field(init=False, default=None)
     life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
     _reloading: trio.Lock = field(init=False, factory=trio.Lock)
 
@@ -97,6 +101,8 @@ class Daemon:
     async def _started(self, outside: Outside, background: trio.Nursery) -> Engine:
         config = self.config
         engine = Engine(config, new_fleet(config.state_dir), outside, background)
+        self.metrics = Metrics(engine)
+        background.start_soon(self._tell_of, engine, self.metrics)
         try:
             await engine.load()
         except OSError as error:
@@ -112,7 +118,8 @@ class Daemon:
         return engine
 
     def _front(self, engine: Engine, control: Control) -> Serving:
-        routes = api_routes(Requests(engine))
+        assert self.metrics is not None
+        routes = [*api_routes(Requests(engine)), openapi_route(), self.metrics.route()]
         return Serving(
             path=socket_path(self.config),
             socket_app=make_app([*routes, *control_routes(control)]),
@@ -124,6 +131,14 @@ class Daemon:
     async def _serve_api(self, engine: Engine, api: Serving) -> None:
         await engine.scheduler.serving.wait()
         await api.serve()
+
+    async def _tell_of(self, engine: Engine, metrics: Metrics) -> None:
+        """From the first on: what was left open is settled before anything is served."""
+        hooks = Hooks(lambda: self.config.hooks)
+        with engine.events.heard_by(hooks.heard), engine.events.heard_by(metrics.heard):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(metrics.keep_counting)
+                await hooks.serve()
 
     def _unusable(self, error: OSError) -> StateUnusableError:
         where = error.filename or self.config.state_dir

@@ -53,6 +53,7 @@ async def ask(
     *,
     headers: Mapping[str, str] | None = None,
     chunks: list[bytes] | None = None,
+    unfinished: bool = False,
     leaves_after: float = math.inf,
     answer: Answer | None = None,
 ) -> Answer:
@@ -60,7 +61,7 @@ async def ask(
 
     Args:
         body: Bytes, or what is made JSON of.
-        chunks: The body in these parts instead.
+        chunks: The body in these parts instead. *unfinished*: and more, which never come.
         leaves_after: Seconds after which the client goes away.
         answer: To be filled, for who wants to look at it meanwhile.
     """
@@ -83,7 +84,7 @@ async def ask(
         "server": None,
     }
     messages = [{"type": "http.request", "body": chunk, "more_body": True} for chunk in chunks]
-    messages[-1]["more_body"] = False
+    messages[-1]["more_body"] = unfinished
     leaves_at = trio.current_time() + leaves_after
 
     async def receive() -> Message:

@@ -39,7 +39,8 @@ START = datetime(2026, 3, 9, 1, 0, tzinfo=UTC)
 class FakeClock:
     """Follows trio's clock from `START`. Make it inside the event loop.
 
-    `jump` moves the wall clock alone; `suspend` moves wall clock and boot-time clock, and trio's stands still.
+    `jump` moves the wall clock alone; `suspend` moves wall clock and boot-time clock, and trio's stands still;
+    `reboot` has the boot-time clock begin anew.
     """
 
     start: datetime = START
@@ -48,11 +49,15 @@ class FakeClock:
     suspended: timedelta = timedelta(0)
     local: tzinfo = UTC
     began: float = field(factory=trio.current_time)
+    earlier_boots_s: float = 0.0
 
     def now(self) -> datetime:
-        return self.start + self.offset + timedelta(seconds=self.boot_s())
+        return self.start + self.offset + timedelta(seconds=self._went_by())
 
     def boot_s(self) -> float:
+        return self._went_by() - self.earlier_boots_s
+
+    def _went_by(self) -> float:
         return trio.current_time() - self.began + self.suspended.total_seconds()
 
     def synchronised(self) -> bool | None:
@@ -66,6 +71,9 @@ class FakeClock:
 
     def suspend(self, span: timedelta) -> None:
         self.suspended += span
+
+    def reboot(self) -> None:
+        self.earlier_boots_s = self._went_by()
 
 
 @define

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from starlette.types import ASGIApp
+import trio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message
+from structlog.typing import EventDict
 from trio.testing import MockClock
 
 from hypemand.config import ScheduleEntry
+from hypemand.core.model import InstanceId, InstanceState
 from hypemand.engine.requests import Requests
 from hypemand.surface.api import api_routes, make_app
-from tests.asking import ask
+from tests.asking import Answer, ask
 from tests.world import World, entry, world
 
 HOUR = timedelta(hours=1)
@@ -26,7 +32,6 @@ NIGHTLY = {
     "metadata": {"team": "backend", "env": "staging"},
     "name_prefix": "nightly",
 }
-NDJSON = {"accept": "application/x-ndjson"}
 
 
 @asynccontextmanager
@@ -101,7 +106,7 @@ BAD = [
     ({"interval": "1h", "retention": {"max_age": None}}, ["retention.max_age: is null"]),
     ({"interval": "1h", "retention": {"max_age": "-1h"}}, ["retention.max_age: '-1h' must not be negative"]),
     ({"interval": "1h", "retention": {"max_count": -1}}, ["retention.max_count: -1 must be a whole number"]),
-    ({"interval": "1h", "retention": {"max_count": 1.0}}, ["retention.max_count: 1.0 must be a whole number"]),
+    ({"interval": "1h", "retention": {"max_count": 1.5}}, ["retention.max_count: 1.5 must be a whole number"]),
     ({"interval": "1h", "retention": {"max_count": True}}, ["retention.max_count: True must be a whole number"]),
     (
         {"interval": "1h", "retention": {"max_count": 2**63}},
@@ -127,6 +132,9 @@ BAD = [
     (b'{"interval": "1h", "retention": {"max_count": NaN}}', ["NaN is no number"]),
     (b'{"interval": "1h", "retention": {"max_count": -Infinity}}', ["Infinity is no number"]),
     (b'{"interval": "1h", "retention": {"max_count": ' + b"9" * 5000 + b"}}", ["not JSON"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e400}}', ["retention.max_count: inf must be a whole number"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e-400}}', ["retention.max_count: 0.0 must be a whole number"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e99999999}}', ["retention.max_count: inf must be a whole"]),
     (b'{"interval": "1h", "interval": "1h", "retention": {}}', ["interval: is there twice"]),
     (b'{"interval": "1h", "retention": {}, "metadata": {"a": "1", "a": "2"}}', ["a: is there twice"]),
     (b'{"interval": "1h", "retention": ' + b"[" * 60_000, ["nested too deeply"]),
@@ -148,8 +156,232 @@ async def test_a_body_that_breaks_rules_is_refused_by_field_and_rule(
         assert not made.engine.store.schedules
 
 
+async def test_a_whole_number_may_be_written_in_each_way_of_json(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (_, app):
+        for number in (b"7", b"7.0", b"70e-1", b"0.7E+1"):
+            made = await ask(app, "PUT", WEB, b'{"interval": "1h", "retention": {"max_count": %s}}' % number)
+            assert made.json["retention"] == {"max_count": 7}
+
+
 async def test_every_problem_is_told_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
     body = {"interval": "1s", "retention": {"max_age": "x", "max_count": -1}, "name_prefix": "A", "more": 1}
     async with served(tmp_path) as (_, app):
         message = (await ask(app, "PUT", WEB, body)).json["message"]
         assert all(f"{path}: " in message for path in ("interval", "retention.max_age", "retention.max_count", "more"))
+
+
+async def test_an_id_is_one_segment_that_is_decoded_only_after_the_split(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    schedule = "snapshot-schedule"
+    async with served(tmp_path) as (_, app):
+        assert (await ask(app, "PUT", WEB, NIGHTLY)).status == 200
+        assert (await ask(app, "GET", f"/instances/w%65b%2D1/{schedule}")).json["instance_id"] == "web-1"
+        for target in (
+            "x%2Fy",
+            "web-1%2Fsnapshot-schedule",
+            "%2e%2e",
+            "..",
+            ".",
+            "a%00b",
+            "w\u00e9b",
+            "a%ff",
+            "x" * 129,
+        ):
+            bad = await ask(app, "GET", f"/instances/{target}/{schedule}")
+            assert (bad.status, bad.json["code"]) == (400, "invalid_request"), target
+            assert bad.json["message"].startswith("id: "), target
+            assert "must be 1 to 128 of A-Z a-z 0-9 . _ - without a leading dot" in bad.json["message"]
+
+
+ELSEWHERE = [
+    "",
+    "/",
+    "//health",
+    "/health/",
+    "/./health",
+    "/x/../health",
+    "/HEALTH",
+    "/%68ealth",
+    "/instances",
+    "/instances/web-1",
+    "/instances//snapshot-schedule",
+    "/instances/web-1/snapshot-schedule/",
+    "/instances/web-1//snapshot-schedule",
+    "//instances/web-1/snapshot-schedule",
+    "/instances/web-1/snapshot-schedule/run/",
+    "/instances/web-1/./snapshot-schedule",
+    "/instances/web-1/x/../snapshot-schedule",
+    "/instances/web-1%2Fsnapshot-schedule",
+    "/instances/web-1/snapshot-schedule%2Frun",
+    "/snapshot-schedules/web-1",
+]
+
+
+@pytest.mark.parametrize("target", ELSEWHERE)
+async def test_no_other_path_reaches_a_route(tmp_path: Path, target: str, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (_, app):
+        await ask(app, "PUT", WEB, NIGHTLY)
+        for method in ("GET", "PUT", "DELETE", "POST"):
+            answer = await ask(app, method, target, NIGHTLY if method == "PUT" else None)
+            assert (answer.status, answer.json["code"]) == (404, "not_found")
+        assert (await ask(app, "GET", WEB)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("target", "allowed"),
+    [
+        (WEB, "DELETE, GET, HEAD, PUT"),
+        (f"{WEB}/run", "POST"),
+        ("/health", "GET, HEAD"),
+        ("/snapshot-schedules", "GET, HEAD"),
+    ],
+)
+async def test_a_method_that_a_path_does_not_know_is_told_those_that_it_does(
+    tmp_path: Path, target: str, allowed: str, autojump_clock: MockClock
+) -> None:
+    async with served(tmp_path) as (_, app):
+        for method in {"GET", "PUT", "DELETE", "POST", "PATCH", "OPTIONS", "TRACE", "BREW"} - set(allowed.split(", ")):
+            answer = await ask(app, method, target)
+            assert (answer.status, answer.json["code"]) == (405, "method_not_allowed")
+            assert answer.headers["allow"] == allowed
+
+
+async def test_head_is_answered_as_get_is(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (_, app):
+        await ask(app, "PUT", WEB, NIGHTLY)
+        for target in (WEB, "/health", "/snapshot-schedules", "/instances/web-2/snapshot-schedule"):
+            got, head = [await ask(app, method, target) for method in ("GET", "HEAD")]
+            assert (head.status, head.headers) == (got.status, got.headers)
+
+
+def _known(header: str | None) -> str | None:
+    return {"Bearer one": "laptop"}.get(header or "")
+
+
+async def test_only_who_is_known_gets_past_the_health_check(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (made, _):
+        app = make_app(api_routes(Requests(made.engine)), _known)
+        one, other = {"authorization": "Bearer one"}, {"authorization": "Bearer two"}
+        for target in (WEB, "/snapshot-schedules", f"{WEB}/run", "/", "/nowhere", "/health/"):
+            for headers in (None, other):
+                answer = await ask(app, "POST", target, headers=headers)
+                assert (answer.status, answer.json["code"]) == (401, "unauthorized"), target
+                assert answer.headers["www-authenticate"] == "Bearer"
+        assert (await ask(app, "PUT", WEB, NIGHTLY, headers=one)).status == 200
+        assert (await ask(app, "GET", WEB, headers=one)).status == 200
+        assert (await ask(app, "GET", "/health")).status == 200
+
+
+async def test_on_the_socket_a_token_is_not_looked_at(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (_, app):
+        assert (await ask(app, "PUT", WEB, NIGHTLY, headers={"authorization": "Bearer nonsense"})).status == 200
+
+
+async def test_the_log_names_the_client_and_never_its_token(
+    tmp_path: Path, heard_log: list[EventDict], autojump_clock: MockClock
+) -> None:
+    async with served(tmp_path) as (made, on_socket):
+        app = make_app(api_routes(Requests(made.engine)), _known)
+        await ask(app, "PUT", WEB, NIGHTLY, headers={"authorization": "Bearer one"})
+        await ask(app, "GET", WEB, headers={"authorization": "Bearer two"})
+        await ask(on_socket, "DELETE", WEB)
+    clients = [line["client"] for line in heard_log if "client" in line]
+    assert clients == ["laptop", "socket"]
+    assert "Bearer" not in str(heard_log)
+
+
+async def test_a_body_over_64_kib_is_refused_while_it_comes(tmp_path: Path, autojump_clock: MockClock) -> None:
+    fits = json.dumps(NIGHTLY).encode().ljust(64 * 1024)
+    async with served(tmp_path) as (made, app):
+        assert (await ask(app, "PUT", WEB, fits)).status == 200
+        before = made.schedule("web-1")
+        for chunks in ([fits + b" "], [fits, b" "], [b" " * 1000] * 70, [b" " * 60_000] * 100):
+            left = list(chunks)
+            answer = await ask(app, "PUT", WEB, chunks=left)
+            assert (answer.status, answer.json["code"]) == (413, "too_large")
+        assert made.schedule("web-1") == before
+
+
+async def test_a_client_that_leaves_in_mid_body_changes_nothing(
+    tmp_path: Path, heard_log: list[EventDict], autojump_clock: MockClock
+) -> None:
+    async with served(tmp_path) as (made, app):
+        heard_log.clear()
+        answer = Answer()
+        whole = json.dumps(NIGHTLY).encode()
+        await ask(app, "PUT", WEB, chunks=[whole, b""], unfinished=True, leaves_after=5, answer=answer)
+        assert (answer.status, trio.current_time()) == (0, 5)
+        assert not made.engine.store.schedules
+    assert heard_log == []
+
+
+async def test_a_body_must_be_json_by_its_header_too(tmp_path: Path, autojump_clock: MockClock) -> None:
+    body = json.dumps(NIGHTLY).encode()
+    async with served(tmp_path) as (_, app):
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json5", ""):
+            answer = await ask(app, "PUT", WEB, body, headers={"content-type": kind})
+            assert (answer.status, answer.json["code"]) == (415, "unsupported_media_type"), kind
+        for kind in ("application/json; charset=utf-8", "Application/JSON"):
+            assert (await ask(app, "PUT", WEB, body, headers={"content-type": kind})).status == 200
+
+
+async def test_an_internal_error_tells_the_log_all_and_the_client_nothing(
+    tmp_path: Path, heard_log: list[EventDict], autojump_clock: MockClock
+) -> None:
+    async def broken(_: Request) -> Response:
+        raise RuntimeError("secret: /var/lib/x")
+
+    answer = await ask(make_app([Route("/broken", broken)]), "GET", "/broken")
+    assert (answer.status, answer.json["code"]) == (500, "internal_error")
+    assert "secret" not in answer.body.decode()
+    (line,) = heard_log
+    assert (line["event"], line["path"]) == ("internal error in a request", "/broken")
+    assert isinstance(line["exc_info"], RuntimeError)
+
+
+async def test_a_conflict_that_lasts_is_not_to_be_tried_again(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path, entry("web-1", HOUR)) as (_, app):
+        for method in ("PUT", "DELETE"):
+            answer = await ask(app, method, WEB, NIGHTLY)
+            assert (answer.status, answer.json["code"]) == (409, "conflict")
+            assert "managed by the config file" in answer.json["message"]
+            assert answer.headers["x-should-retry"] == "false"
+
+
+async def test_what_is_unavailable_now_may_be_tried_again(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with served(tmp_path) as (made, app):
+        made.backend.unavailable = True
+        answer = await ask(app, "PUT", WEB, NIGHTLY)
+        assert (answer.status, answer.json["code"]) == (503, "unavailable")
+        assert "x-should-retry" not in answer.headers
+
+
+async def test_the_documented_example_with_an_error_beside_a_snapshot_is_told_whole(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with served(tmp_path) as (made, app):
+        await ask(app, "PUT", WEB, NIGHTLY)
+        await ask(app, "POST", f"{WEB}/run")
+        good = made.schedule("web-1").last_snapshot_id
+        made.backend.machines[InstanceId("web-1")].state = InstanceState.SHUTDOWN
+        ran = await ask(app, "POST", f"{WEB}/run")
+        assert (ran.status, ran.json["outcome"]) == (200, "failed")
+        schedule = (await ask(app, "GET", WEB)).json
+        assert schedule["last_snapshot_id"] == good
+        assert "Shutdown" in schedule["last_error"]
+        assert schedule.keys() >= {"last_run_at", "last_error", "last_snapshot_id", "metadata", "name_prefix"}
+
+
+async def test_servers_may_tell_the_app_that_they_begin_and_end() -> None:
+    told = ["lifespan.startup", "lifespan.shutdown"]
+    answered = []
+
+    async def receive() -> Message:
+        return {"type": told.pop(0)}
+
+    async def send(message: Message) -> None:
+        answered.append(message["type"])
+
+    await make_app([])({"type": "lifespan"}, receive, send)
+    assert answered == ["lifespan.startup.complete", "lifespan.shutdown.complete"]

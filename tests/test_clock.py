@@ -8,6 +8,7 @@ import pytest
 import trio
 from trio.testing import MockClock
 
+from hypemand.core.doubt import Reading
 from hypemand.engine.clock import ClockWatch, SystemClock, boot_id
 from tests.fakes import START, FakeClock
 
@@ -73,7 +74,7 @@ async def test_a_drift_of_less_than_half_a_minute_is_no_jump(autojump_clock: Moc
 async def test_pruning_by_age_waits_for_a_day_at_most(autojump_clock: MockClock) -> None:
     clock = FakeClock()
     watch = ClockWatch(clock)
-    watch.check_start(START + HOUR)
+    watch.check_start([Reading(START + HOUR)])
     await trio.sleep(24 * 3600 - 1)
     assert watch.why_age_waits(timedelta(days=30)) is not None
     await trio.sleep(1)
@@ -82,6 +83,19 @@ async def test_pruning_by_age_waits_for_a_day_at_most(autojump_clock: MockClock)
 
 async def test_a_start_after_all_that_is_recorded_is_trusted(autojump_clock: MockClock) -> None:
     watch = ClockWatch(FakeClock())
-    watch.check_start(START)
-    watch.check_start(None)
+    watch.check_start([Reading(START)])
+    watch.check_start([])
+    assert watch.why_age_waits(HOUR) is None
+
+
+async def test_a_small_jump_does_not_end_the_doubt_of_a_large_one(autojump_clock: MockClock) -> None:
+    clock = FakeClock()
+    watch = ClockWatch(clock)
+    for jump in (timedelta(days=3652), timedelta(minutes=-1)):
+        clock.jump(jump)
+        watch.check(lambda _: None)
+    await trio.sleep(24 * 3600 - 1)
+    watch.check(lambda by: pytest.fail(f"a jump by {by}"))
+    assert watch.why_age_waits(HOUR) is not None
+    await trio.sleep(1)
     assert watch.why_age_waits(HOUR) is None

@@ -126,6 +126,11 @@ BAD: dict[str, tuple[str | bytes, str, str]] = {
     "log level": ("[log]\nlevel = 'loud'", "log.level", "debug, info, warning, error"),
     "runs concurrency": ("[runs]\nconcurrency = 0", "runs.concurrency", "1 or more"),
     "min_free": ("[runs]\nmin_free = '1 gig'", "runs.min_free", "is not a size"),
+    "hook on the PATH": ("[hooks]\non_failure = ['page-me', 'me']", "hooks.on_failure[0]", "absolute path"),
+    "hook empty": ("[hooks]\non_success = ['']", "hooks.on_success[0]", "absolute path"),
+    "hook with a NUL": ('[hooks]\non_success = ["/bin/true", "\\u0000"]', "hooks.on_success", "NUL"),
+    "hook a number": ("[hooks]\non_success = [7]", "hooks.on_success[0]", "must be a string"),
+    "hooks in no time": ("[hooks]\ntimeout = '0s'", "hooks.timeout", "more than zero"),
     "hooks a text": ("[hooks]\non_failure = 'page me'", "hooks.on_failure", "list"),
     "state_dir empty": ("state_dir = ''", "state_dir", "must be a path"),
     "state_dir of nobody": ("state_dir = '~no-such-user-here/x'", "state_dir", "no such home directory"),
@@ -231,6 +236,7 @@ def test_the_example_of_the_design_means_what_it_says() -> None:
     assert config.runs.min_free == 2**30
     assert config.runs.guard is True
     assert config.hooks.on_failure == ("/usr/local/bin/page-me",)
+    assert config.hooks.timeout == timedelta(minutes=1)
     assert config.backends["lab"].type == "embedded"
     assert config.backends["lab"].concurrency == 2
     assert config.backends["lab"].settings.root == Path("/var/lib/hypemand/embedded")
@@ -244,7 +250,7 @@ def test_the_example_of_the_design_means_what_it_says() -> None:
     assert entry.first_run == "now"
     assert entry.max_freeze == timedelta(seconds=30)
     assert entry.enabled
-    assert [warning.partition(":")[0] for warning in config_warnings(config)] == ["api", "hooks"]
+    assert [warning.partition(":")[0] for warning in config_warnings(config)] == ["api"]
 
 
 def test_what_is_left_out_has_the_defaults_of_the_design() -> None:

@@ -4,17 +4,19 @@ from datetime import timedelta
 from pathlib import Path
 
 import orjson
+import pytest
 import trio
 from attrs import define
 from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, InstanceNotFound
+from hypemand.core.doubt import Reading
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.engine.clock import ClockWatch
 from hypemand.state.runlog import RunLog
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
-from tests.world import entry, world
+from tests.world import BOOT_ID, entry, world
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 WEB = InstanceId("web-1")
@@ -25,16 +27,16 @@ FILE = "web-1.json"
 async def test_a_jump_that_another_process_saw_is_still_doubted(autojump_clock: MockClock) -> None:
     clock = FakeClock()
     await trio.sleep(100)
-    before = (clock.now(), clock.boot_s())
+    before = Reading(clock.now(), BOOT_ID, clock.boot_s())
     clock.jump(TEN_YEARS)
     await trio.sleep(100)
-    after = (clock.now(), clock.boot_s())
+    after = Reading(clock.now(), BOOT_ID, clock.boot_s())
     await trio.sleep(1)
     watch = ClockWatch(clock)
-    watch.check_start(after[0], [before, after])
+    watch.check_start([before, after], BOOT_ID)
     assert watch.why_age_waits(HOUR) is not None
     trusting = ClockWatch(clock)
-    trusting.check_start(after[0], [after])
+    trusting.check_start([after], BOOT_ID)
     assert trusting.why_age_waits(HOUR) is None
 
 
@@ -53,6 +55,38 @@ async def test_a_restart_after_a_jump_prunes_nothing_by_age(tmp_path: Path, auto
         await trio.sleep(3700)
         assert w.history()[-1].outcome == "succeeded"
         assert oldest in fake.names("web-1")
+
+
+@pytest.mark.parametrize("recorded", ["a run of the same boot", "a settled run", "nothing"])
+async def test_a_jump_before_or_over_a_reboot_is_still_doubted_at_the_second_start_after_it(
+    tmp_path: Path, autojump_clock: MockClock, recorded: str
+) -> None:
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    kept = entry("web-1", 2 * MINUTE, first_run="now", max_age=30 * MINUTE)
+    async with world(tmp_path, kept, backends=[fake], clock=clock, boot_id="first"):
+        await trio.sleep(500)
+        fake.capture_s = 60
+        await trio.sleep(120)  # the last run is left open
+    fake.capture_s = 1
+    oldest = fake.names("web-1")[0]
+    clock.jump(HOUR)
+    if recorded == "a run of the same boot":
+        async with world(tmp_path, kept, backends=[fake], clock=clock, boot_id="first", first_id=100):
+            await trio.sleep(10)
+    clock.reboot()
+    if recorded == "a settled run":  # which says what time it is, and not on which clock
+        async with world(tmp_path, kept, backends=[fake], clock=clock, boot_id="second", first_id=200, serve=False):
+            await trio.sleep(1)
+    async with world(tmp_path, kept, backends=[fake], clock=clock, boot_id="second", first_id=300) as w:
+        await trio.sleep(10)
+    async with world(tmp_path, kept, backends=[fake], clock=clock, boot_id="second", first_id=400) as w:
+        await trio.sleep(300)
+        assert w.outcomes()[-2:] == ["succeeded"] * 2
+        assert oldest in fake.names("web-1")
+        await trio.sleep(3600)
+        assert len(fake.names("web-1")) <= 16, "it is trusted in the end"
 
 
 @define(eq=False)

@@ -89,6 +89,7 @@ async def world(
     serve: bool = True,
     first_id: int = 1,
     tempo: Tempo | None = None,
+    boot_id: str = BOOT_ID,
     **runs: Any,
 ) -> AsyncIterator[World]:
     """An engine that serves *entries* in the background until the end of the block, then is stopped without grace.
@@ -108,9 +109,8 @@ async def world(
     disk = disk or UnsyncedDisk()
     leases = leases or FakeLeases()
     async with trio.open_nursery() as background:
-        engine = Engine(
-            config, _fleet(fakes), _outside(clock, disk, room, leases, first_id=first_id, tempo=tempo), background
-        )
+        outside = _outside(clock, disk, room, leases, first_id=first_id, tempo=tempo, boot_id=boot_id)
+        engine = Engine(config, _fleet(fakes), outside, background)
         made = World(tmp_path, clock, room, leases, disk, fakes, config, engine)
         await engine.load()
         if before_start is not None:
@@ -135,7 +135,14 @@ def _fleet(fakes: Mapping[str, FakeBackend]) -> Fleet:
 
 
 def _outside(
-    clock: FakeClock, disk: Disk, room: FakeRoom, leases: FakeLeases, *, first_id: int, tempo: Tempo | None
+    clock: FakeClock,
+    disk: Disk,
+    room: FakeRoom,
+    leases: FakeLeases,
+    *,
+    first_id: int,
+    tempo: Tempo | None,
+    boot_id: str,
 ) -> Outside:
     ids = (f"r{number:06d}" for number in itertools.count(first_id))
     return Outside(
@@ -143,7 +150,7 @@ def _outside(
         disk=disk,
         measure=room.measure,
         new_id=lambda: next(ids),
-        boot_id=BOOT_ID,
+        boot_id=boot_id,
         leases=leases,
         patience=Patience(),
         tempo=tempo or Tempo(),

@@ -1,23 +1,20 @@
 """Wall clock, boot-time clock and time zone, and the watch that notices when the wall clock jumps."""
 
 import ctypes
-import itertools
 import os
 import struct
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
 from pathlib import Path
 from typing import Any, Protocol
 from zoneinfo import ZoneInfo
 
 import structlog
-from attrs import frozen
 
+from hypemand.core.doubt import JUMP, LONGEST_WAIT, Doubt, Reading, doubts_of
 from hypemand.core.fields import format_instant
 
-JUMP = timedelta(seconds=30)
-LONGEST_WAIT = timedelta(days=1)
 _STA_UNSYNC = 0x0040
 _STATUS_OFFSET = 40  # of `status` in struct timex, 64-bit Linux: four longs and a padded int before it
 _log = structlog.get_logger()
@@ -80,79 +77,57 @@ def boot_id() -> str:
         return ""
 
 
-@frozen
-class _Doubt:
-    """Why the wall clock is not trusted: when that was seen, and by how much it may be wrong.
-
-    Attributes:
-        may_be_downtime: A clock far ahead of what was recorded; right, if hypemand was down for so long.
-    """
-
-    seen_s: float
-    by: timedelta
-    may_be_downtime: bool = False
-
-    def holds(self, boot_s: float, interval: timedelta) -> bool:
-        """Whether a schedule of *interval* must still wait: for that, or as long as the doubt is large."""
-        if self.may_be_downtime and self.by <= interval:
-            return False
-        return timedelta(seconds=boot_s - self.seen_s) < min(LONGEST_WAIT, max(interval, self.by))
-
-
 class ClockWatch:
     """Compares the wall clock with the boot-time clock, and says when pruning by age has to wait.
 
     Pruning by age waits while the kernel calls the clock unsynchronised, and
     for a clean interval after a jump, after a start whose clock precedes what
-    was recorded last, or one that is more than an interval ahead of it. After
-    a jump of more than an interval it waits for as long as that; never for
-    more than a day.
+    was recorded last, or after a boot whose clock is more than an interval
+    ahead of that. After a jump of more than an interval it waits for as long
+    as that; never for more than a day.
     """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._wall = clock.now()
         self._boot_s = clock.boot_s()
-        self._doubt: _Doubt | None = None
+        self._doubts: list[Doubt] = []
         self.jumps = 0
 
-    def check_start(self, last_recorded: datetime | None, of_this_boot: Iterable[tuple[datetime, float]] = ()) -> None:
-        """Compare the clock with *last_recorded*, the latest instant in the state, and with what both clocks showed.
+    def check_start(self, past: Sequence[Reading], boot_id: str = "") -> None:
+        """Find out what the clocks of the *past*, oldest first, and of now leave to doubt.
 
-        Args:
-            of_this_boot: Instants of this boot on wall and boot-time clock, oldest first. The process that saw a
-                jump may be gone, and one between two processes was seen by nobody.
+        The process that saw a jump may be gone, and one between two processes
+        was seen by nobody. Neither another start nor a reboot ends a doubt.
         """
-        if last_recorded is None:
+        if not past:
             return
-        self._compare(last_recorded)
-        for before, after in itertools.pairwise([*of_this_boot, (self._clock.now(), self._clock.boot_s())]):
-            jump = (after[0] - before[0]) - timedelta(seconds=after[1] - before[1])
-            if abs(jump) > JUMP:
-                self._doubt = _Doubt(after[1], abs(jump))
-                _log.warning("the clock jumped before this start; pruning by age waits", **self._told(jump))
-
-    def _compare(self, last_recorded: datetime) -> None:
-        by = self._clock.now() - last_recorded
-        if by < timedelta(0):
-            self._doubt = _Doubt(self._clock.boot_s(), -by)
-            _log.error("the clock stands before what was recorded; pruning by age waits", **self._told(by))
-        elif by > JUMP:
-            self._doubt = _Doubt(self._clock.boot_s(), by, may_be_downtime=True)
-            _log.log(
-                30 if by > LONGEST_WAIT else 20,
-                "the clock stands after what was recorded, hypemand was down for so long or it is wrong;"
-                " where that is more than an interval, pruning by age waits",
-                **self._told(by),
+        now, boot_s, recorded = self._clock.now(), self._clock.boot_s(), past[-1].wall
+        self._doubts = doubts_of([*past, Reading(now, boot_id, boot_s)], boot_s)
+        self._tell(self._doubts, boot_s)
+        if now < recorded:
+            self._doubts.append(Doubt(boot_s, now - recorded))
+            _log.error(
+                "the clock stands before what was recorded; pruning by age waits",
+                by_s=round((now - recorded).total_seconds(), 3),
+                clock=format_instant(now),
+                recorded=format_instant(recorded),
             )
 
-    def _told(self, by: timedelta) -> dict[str, Any]:
-        now = self._clock.now()
-        return {
-            "by_s": round(by.total_seconds(), 3),
-            "clock": format_instant(now),
-            "recorded": format_instant(now - by),
-        }
+    @staticmethod
+    def _tell(doubts: Sequence[Doubt], boot_s: float) -> None:
+        jumps = [doubt for doubt in doubts if not doubt.may_be_downtime]
+        gaps = [doubt for doubt in doubts if doubt.may_be_downtime]
+        for doubt in jumps:
+            _log.warning("the clock jumped before this start; pruning by age waits", **_told(doubt, boot_s))
+        if gaps:
+            widest = max(gaps, key=lambda doubt: doubt.by)
+            _log.log(
+                30 if widest.by > LONGEST_WAIT else 20,
+                "the clock went far ahead over a boot, hypemand was down for so long or it is wrong;"
+                " where that is more than an interval, pruning by age waits",
+                **_told(widest, boot_s),
+            )
 
     def check(self, on_jump: Callable[[timedelta], None]) -> None:
         """Call *on_jump* with how far the wall clock jumped since the last check, if it did by more than 30 s."""
@@ -161,7 +136,7 @@ class ClockWatch:
         self._wall, self._boot_s = wall, boot_s
         if abs(jump) > JUMP:
             self.jumps += 1
-            self._doubt = _Doubt(boot_s, abs(jump))
+            self._doubts.append(Doubt(boot_s, jump))
             _log.warning(
                 "the clock jumped; pruning by age waits, times are set anew",
                 by_s=round(jump.total_seconds(), 3),
@@ -169,6 +144,7 @@ class ClockWatch:
                 clock=format_instant(wall),
             )
             on_jump(jump)
+        self._doubts = [doubt for doubt in self._doubts if doubt.age(boot_s) < LONGEST_WAIT]
 
     def _since_last_look(self) -> timedelta:
         """How far the wall clock has moved away from the boot-time clock since the last check."""
@@ -186,4 +162,8 @@ class ClockWatch:
         """Whether the clock jumped, or may be wrong, so lately that a schedule of *interval* has to wait."""
         if abs(self._since_last_look()) > JUMP:
             return True  # just now; the next check will tell
-        return self._doubt is not None and self._doubt.holds(self._clock.boot_s(), interval)
+        return any(doubt.holds(self._clock.boot_s(), interval) for doubt in self._doubts)
+
+
+def _told(doubt: Doubt, boot_s: float) -> dict[str, Any]:
+    return {"by_s": round(doubt.by.total_seconds(), 3), "ago_s": round(doubt.age(boot_s).total_seconds(), 3)}

@@ -17,7 +17,7 @@ from hypemand.engine.gone import GoneWatch
 from hypemand.engine.leases import Leases, NoLeases
 from hypemand.engine.limits import Patience
 from hypemand.engine.means import Means
-from hypemand.engine.past import clocks_of_boot, last_instant, lay_over_all, used_backends
+from hypemand.engine.past import lay_over_all, readings, used_backends
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.reconcile import Discovery, Reconciler, discover
 from hypemand.engine.recorder import Recorder
@@ -164,8 +164,7 @@ class Engine:
         history = await self.runlog.open()
         lay_over_all(self.store, history.lines, self._outside.clock.now())
         self.recorder.learn(history.lines)
-        of_this_boot = clocks_of_boot(history, self._outside.boot_id)
-        self.watch.check_start(last_instant(history, self.store), of_this_boot)
+        self.watch.check_start(readings(history, self.store), self._outside.boot_id)
         self._used = await used_backends(history, self.store)
         self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))
 

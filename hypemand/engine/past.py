@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from datetime import datetime
 
+from hypemand.core.doubt import Reading
 from hypemand.core.model import InstanceId, RunFinished
 from hypemand.state.codec import Line
 from hypemand.state.replay import lay_over
@@ -21,21 +22,17 @@ def lay_over_all(store: Store, lines: Iterable[Line], now: datetime) -> None:
             store.hold(after)
 
 
-def clocks_of_boot(history: LogContent, boot_id: str) -> list[tuple[datetime, float]]:
-    """What wall and boot-time clock showed when runs of this boot began, oldest first."""
-    lines = [line for line in history.started() if boot_id and line.boot_id == boot_id]
-    return [(line.started_at, line.boot_s) for line in lines if line.boot_s is not None]
-
-
-def last_instant(history: LogContent, store: Store) -> datetime | None:
-    """The moment that was recorded last. A start before it, or long after it, may have a wrong clock.
-
-    What a wrong clock recorded before that is past: another clock has been trusted since.
-    """
-    if history.lines:
-        last = history.lines[-1]
-        return last.finished_at if isinstance(last, RunFinished) else last.started_at
-    return max((schedule.updated_at for schedule in store.schedules.values()), default=None)
+def readings(history: LogContent, store: Store) -> list[Reading]:
+    """What the clocks showed whenever something was recorded, oldest first."""
+    if not history.lines:
+        updated = [schedule.updated_at for schedule in store.schedules.values()]
+        return [Reading(max(updated))] if updated else []
+    return [
+        Reading(line.finished_at)
+        if isinstance(line, RunFinished)
+        else Reading(line.started_at, line.boot_id, line.boot_s)
+        for line in history.lines
+    ]
 
 
 async def used_backends(history: LogContent, store: Store) -> frozenset[str]:

@@ -11,7 +11,7 @@ from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, Outcome, RunFinished, Schedule, Trigger
 from hypemand.engine.clock import Clock
 from hypemand.engine.events import Events, RunEnded
-from hypemand.engine.last_runs import LastRuns
+from hypemand.engine.latest import LatestRuns
 from hypemand.engine.made import MakingOrder
 from hypemand.engine.records import FreezeRecords
 from hypemand.state.codec import Line
@@ -28,7 +28,7 @@ class Recorder:
 
     Attributes:
         freezes: How long guests stood still in the runs recorded so far.
-        last_runs: How the last of them ended.
+        latest: How the last of them ended, by instance.
         order: In which order snapshots were made.
     """
 
@@ -39,14 +39,14 @@ class Recorder:
         self._give_up = give_up
         self._events = events
         self.freezes = FreezeRecords()
-        self.last_runs = LastRuns()
+        self.latest = LatestRuns()
         self.order = MakingOrder()
 
     def learn(self, lines: Iterable[Line]) -> None:
         """Take in what the run log tells of earlier runs, oldest first."""
         lines = list(lines)
         self.freezes.learn(lines)
-        self.last_runs.learn(lines)
+        self.latest.learn(lines)
         self.order.learn(lines)
 
     def made(self, instance: InstanceId) -> list[str]:
@@ -60,7 +60,7 @@ class Recorder:
         started = next((line for line in self._runlog.open_runs if line.run_id == run.run_id), None)
         if started is not None:
             self.freezes.finished(started, run)
-        self.last_runs.finished(run)
+        self.latest.finished(run)
         self.order.finished(run)
         pause_s = 0.1
         while True:

@@ -1,5 +1,7 @@
 """What clients may ask of a running engine: schedules made, changed and deleted by the API's rules, runs at once."""
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import datetime
 
 import structlog
@@ -54,6 +56,11 @@ class SetSchedule:
     metadata: Metadata = Factory(dict)
     name_prefix: NamePrefix | None = None
 
+    @property
+    def prefix(self) -> str | None:
+        """The name prefix; an empty one is none."""
+        return self.name_prefix or None
+
     def kept(self, before: Retention) -> Retention:
         """The retention as schedules have it; keys of *before* that this version does not know are kept."""
         return Retention(self.retention.max_age, self.retention.max_count, before.extra)
@@ -98,26 +105,29 @@ class Requests:
         Raises:
             NotFoundError: No backend knows the instance.
             ConflictError: The config has a schedule for it, several backends know it, or its file can't be read.
-            UnavailableError: Whether it exists can't be told now, or the schedule can't be written.
+            UnavailableError: Whether it exists can't be told now; or the schedule can't be written yet. Then it is
+                in force, and written as soon as that is possible.
         """
         async with self._turn(instance):
             self._refuse_if_not_ours(instance)
             store, clock = self.engine.store, self.engine.clock
             home = await self._home(instance)
-            self._refuse_if_a_pattern_has(instance, home.name)
             retired = None
             if instance not in store.schedules:
                 retired = await store.read_retired(instance)
             self._refuse_if_not_ours(instance)  # once more: much may have changed while others were asked
+            self._refuse_if_a_pattern_has(instance, home.name)
             present = store.schedules.get(instance)
             first = first_run(instance, wanted.interval, now=clock.now(), wanted=None, zone=clock.zone())
             schedule = _changed(
                 instance, wanted, present=present, retired=retired, home=home, now=clock.now(), first=first
             )
-            await self._write(schedule)
+            try:
+                await self._write(schedule)
+            finally:  # also when it is not written yet: it is in force
+                self.engine.scheduler.refresh(instance)
             if retired is not None:
                 await self._forget_retired(instance)
-        self.engine.scheduler.refresh(instance)
         _log.info(
             "schedule changed by a client" if present else "schedule made by a client",
             instance_id=instance,
@@ -175,8 +185,15 @@ class Requests:
         """
         return await self.begin_run(instance).ended()
 
-    def _turn(self, instance: InstanceId) -> trio.Lock:
-        return self._turns.setdefault(instance, trio.Lock())
+    @asynccontextmanager
+    async def _turn(self, instance: InstanceId) -> AsyncIterator[None]:
+        lock = self._turns.setdefault(instance, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.locked():  # nobody waits for it either: clients may ask for any number of names
+                self._turns.pop(instance, None)
 
     def _refuse_if_not_ours(self, instance: InstanceId) -> None:
         store, config = self.engine.store, self.engine.config
@@ -207,6 +224,9 @@ class Requests:
                 return
             except BackendError:
                 silent.append(backend.name)
+            except Exception:  # noqa: BLE001 - a bug in one backend stops no other
+                _log.exception("internal error of a backend", backend=backend.name)
+                silent.append(backend.name)
             else:
                 knowing.append(backend.name)
 
@@ -216,6 +236,12 @@ class Requests:
         if len(knowing) > 1:
             names = ", ".join(sorted(knowing))
             raise ConflictError(f"instance {instance!r} is known to several backends: {names}")
+        present = self.engine.store.schedules.get(instance)
+        if knowing and present is not None and present.backend in silent:
+            raise UnavailableError(
+                f"instance {instance!r} is that of {present.backend}, which does not answer,"
+                f" and {knowing[0]} knows one of that name, too"
+            )
         if knowing:
             return _Home(knowing[0], sure=True)
         return await self._home_before(instance, sorted(silent))
@@ -273,7 +299,7 @@ def _changed(
             updated_at=now,
             next_run_at=first,
             metadata=wanted.metadata,
-            name_prefix=wanted.name_prefix,
+            name_prefix=wanted.prefix,
             backend=home.name,
             managed_by=ManagedBy.API,
         )
@@ -284,7 +310,7 @@ def _changed(
         updated_at=now,
         next_run_at=before.next_run_at if wanted.interval == before.interval else first,
         metadata=wanted.metadata,
-        name_prefix=wanted.name_prefix,
+        name_prefix=wanted.prefix,
         backend=home.name,
         managed_by=ManagedBy.API,
         settings=evolve(before.settings, first_run=None, enabled=True),

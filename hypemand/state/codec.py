@@ -81,6 +81,11 @@ def encode_line(line: Line) -> bytes:
     return to_json({"event": kind, **line_document(line)}, orjson.OPT_APPEND_NEWLINE)
 
 
+def encode_run(run: RunFinished) -> bytes:
+    """*run* as the history has it, in one line with its newline."""
+    return to_json(line_document(run), orjson.OPT_APPEND_NEWLINE)
+
+
 def line_document(line: Line) -> dict[str, Any]:
     """*line* as JSON values, every key present."""
     document: dict[str, Any] = _LINES.unstructure(line)

@@ -20,7 +20,7 @@ from hypemand.core.naming import check_instance_id
 from hypemand.core.structure import new_converter
 from hypemand.engine.requests import ConflictError, NotFoundError, Requests, SetSchedule, UnavailableError
 from hypemand.state.codec import line_document
-from hypemand.surface.bodies import BodyTooLargeError, NotJsonError, problems_text, read_document
+from hypemand.surface.bodies import BodyTooLargeError, NotJsonError, problems_text, read_document, read_nothing
 from hypemand.surface.run_stream import LEFT_OPEN, NDJSON, RunStream
 
 PUBLIC = frozenset({"/health", "/openapi.json"})
@@ -123,6 +123,7 @@ def api_routes(requests: Requests) -> list[Route]:
 
     async def run(request: Request) -> Response:
         instance = instance_of(request)
+        await read_nothing(request)
         if NDJSON in request.headers.get("accept", ""):
             return RunStream(requests, instance)
         ended = await requests.run_now(instance)

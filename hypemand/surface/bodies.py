@@ -2,11 +2,11 @@
 
 import json
 from collections.abc import Iterable
-from contextlib import aclosing
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from cattrs import Converter
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 
 from hypemand.core.errors import HypemandError, InvalidInput, Problem, join_path
 from hypemand.core.structure import structure
@@ -42,16 +42,17 @@ async def read_body(request: Request) -> bytes:
         BodyTooLargeError: At most `BODY_LIMIT` of it were held.
         ClientDisconnect: The client went away before the end.
     """
-    parts, length = [], 0
-    async with aclosing(request.stream()) as received:
-        async for part in received:
-            length += len(part)
-            if length <= BODY_LIMIT:
-                parts.append(part)
-                continue
+    parts, length, more = [], 0, True
+    while more and length <= BODY_LIMIT + _SWALLOWED:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        part, more = message.get("body", b""), message.get("more_body", False)
+        length += len(part)
+        if length <= BODY_LIMIT:
+            parts.append(part)
+        else:
             parts.clear()
-            if length > BODY_LIMIT + _SWALLOWED:
-                break
     if length > BODY_LIMIT:
         raise BodyTooLargeError
     return b"".join(parts)
@@ -70,16 +71,28 @@ async def read_document(request: Request, converter: Converter, cls: type[T], *,
     media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json":
         raise NotJsonError
-    data = await read_body(request)
+    document = _parse(await read_body(request))
     try:
-        document = _parse(data)
         problems = [Problem(path, "is null; leave it out instead") for path in _nulls(document, "")]
         problems = [problem for problem in problems if problem.path not in nullable]
         if problems:
             raise InvalidInput(problems)
         return structure(converter, {key: value for key, value in document.items() if value is not None}, cls)
     except RecursionError:
-        raise InvalidInput([Problem("", "is nested too deeply")]) from None
+        raise _too_deep() from None
+
+
+async def read_nothing(request: Request) -> None:
+    """Take a *request* that has nothing to say: no body, or an empty object.
+
+    Raises:
+        BodyTooLargeError, ClientDisconnect: It can't be read.
+        InvalidInput: It says something, which would go unheard.
+    """
+    data = await read_body(request)
+    unheard = _parse(data) if data else {}
+    if unheard:
+        raise InvalidInput([Problem(key, "unknown key; this request takes none") for key in unheard])
 
 
 def problems_text(error: InvalidInput) -> str:
@@ -98,13 +111,21 @@ def _shortened(text: str) -> str:
 
 def _parse(data: bytes) -> dict[str, Any]:
     try:
-        document = json.loads(data.decode(), object_pairs_hook=_object, parse_constant=_no_constant)
+        document = json.loads(
+            data.decode(), object_pairs_hook=_object, parse_float=_number, parse_constant=_no_constant
+        )
+    except RecursionError:
+        raise _too_deep() from None
     except ValueError as error:  # UnicodeDecodeError and numbers of thousands of digits are among them
         what = "is empty" if not data.strip() else f"is not JSON: {error}"
         raise InvalidInput([Problem("", f"the body {what}")]) from None
     if not isinstance(document, dict):
         raise InvalidInput([Problem("", "the body must be a JSON object")])
     return document
+
+
+def _too_deep() -> InvalidInput:
+    return InvalidInput([Problem("", "the body is nested too deeply")])
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,6 +136,12 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) > _KEYS_MOST:
         raise InvalidInput([Problem("", f"an object in the body has {len(made)} keys; no such is ever right")])
     return made
+
+
+def _number(text: str) -> int | float:
+    """JSON has one kind of number: 7.0 is a whole one, and so is 7e0."""
+    exact = Decimal(text)
+    return int(exact) if exact.adjusted() < 20 and exact == exact.to_integral_value() else float(text)
 
 
 def _no_constant(word: str) -> None:

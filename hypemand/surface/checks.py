@@ -2,12 +2,13 @@
 
 from attrs import define, field
 
-from hypemand.config import Config
+from hypemand.config import Config, HooksConfig
 from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.model import ManagedBy
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
 from hypemand.surface.access import read_access
+from hypemand.surface.hooks import command_trouble
 from hypemand.surface.known import State, read_state
 from hypemand.surface.report import NEVER_USED
 
@@ -34,6 +35,7 @@ async def check_backends(config: Config) -> Findings:
         discovery = await discover(fleet.backends)
     finally:
         await fleet.aclose()
+    findings.warnings += _hook_warnings(config.hooks)
     try:
         state = read_state(config.state_dir)
     except OSError as error:
@@ -51,6 +53,12 @@ async def check_backends(config: Config) -> Findings:
                 f"schedules[{index}].instance: no instance matches {entry.instance!r} at the moment"
             )
     return findings
+
+
+def _hook_warnings(hooks: HooksConfig) -> list[str]:
+    commands = {"on_failure": hooks.on_failure, "on_success": hooks.on_success}
+    troubles = {name: command_trouble(command) for name, command in commands.items() if command}
+    return [f"hooks.{name}: {trouble}" for name, trouble in troubles.items() if trouble]
 
 
 def _claimed_twice(config: Config, state: State) -> list[Problem]:

@@ -145,7 +145,7 @@ class Control:
             answered_by="daemon",
             owner=LockOwner("daemon", os.getpid()),
             schedules=dict(store.schedules),
-            last_runs=recorder.last_runs,
+            latest=recorder.latest,
             open_runs={run.instance_id: self._open_run(run) for run in engine.runlog.open_runs},
             freezes=recorder.freezes,
             order=recorder.order,

@@ -7,7 +7,7 @@ from pathlib import Path
 from attrs import frozen
 
 from hypemand.core.model import InstanceId, InstanceState, RunStarted, Schedule
-from hypemand.engine.last_runs import LastRuns
+from hypemand.engine.latest import LatestRuns
 from hypemand.engine.made import MakingOrder
 from hypemand.engine.records import FreezeRecords
 from hypemand.state.codec import Line
@@ -51,7 +51,7 @@ class State:
     answered_by: str
     owner: LockOwner | None
     schedules: Mapping[InstanceId, Schedule]
-    last_runs: LastRuns
+    latest: LatestRuns
     open_runs: Mapping[InstanceId, OpenRun]
     freezes: FreezeRecords
     order: MakingOrder
@@ -75,15 +75,15 @@ def read_state(state_dir: Path) -> State:
     for line in log.lines:
         lines[line.instance_id].append(line)
     schedules = {i: lay_over(schedule, lines[i]) for i, (schedule, _) in scan.schedules.items()}
-    last_runs, freezes, order = LastRuns(), FreezeRecords(), MakingOrder()
-    for learner in (last_runs, freezes, order):
+    latest, freezes, order = LatestRuns(), FreezeRecords(), MakingOrder()
+    for learner in (latest, freezes, order):
         learner.learn(log.lines)
     return State(
         state_dir=state_dir,
         answered_by="files",
         owner=owner,
         schedules=schedules,
-        last_runs=last_runs,
+        latest=latest,
         open_runs={
             run.instance_id: OpenRun(run=run, under_way=under_way(run, schedules.get(run.instance_id), owner))
             for run in log.open_runs().values()

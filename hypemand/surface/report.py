@@ -156,9 +156,9 @@ def _views(
             views.setdefault(instance, InstanceView(instance, name))
     chosen = [views[instance] for instance in sorted(views) if only is None or instance in only]
     for view in chosen:
-        good = state.last_runs.good.get(view.instance_id)
-        view.last_run = state.last_runs.latest.get(view.instance_id)
-        view.last_attempt = state.last_runs.attempts.get(view.instance_id)
+        good = state.latest.makers.get(view.instance_id)
+        view.last_run = state.latest.ended.get(view.instance_id)
+        view.last_attempt = state.latest.attempts.get(view.instance_id)
         view.last_good_at = good.started_at if good else None
         view.open_run = state.open_runs.get(view.instance_id)
         view.in_order = state.order.of(view.instance_id)

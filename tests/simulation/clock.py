@@ -15,11 +15,13 @@ class SimClock:
     Attributes:
         offset: How wrong the wall clock is.
         suspended: How long the machine slept in all: wall and boot clock went on.
+        earlier_boots_s: What the boot clock does not count.
     """
 
     offset: timedelta = timedelta(0)
     suspended: timedelta = timedelta(0)
     synced: bool | None = None
+    earlier_boots_s: float = 0.0
 
     def true_now(self) -> datetime:
         return EPOCH + timedelta(seconds=trio.current_time()) + self.suspended
@@ -31,8 +33,14 @@ class SimClock:
     def now(self) -> datetime:
         return self.true_now() + self.offset
 
-    def boot_s(self) -> float:
+    def went_by_s(self) -> float:
         return trio.current_time() + self.suspended.total_seconds()
+
+    def boot_s(self) -> float:
+        return self.went_by_s() - self.earlier_boots_s
+
+    def reboot(self) -> None:
+        self.earlier_boots_s = self.went_by_s()
 
     def synchronised(self) -> bool | None:
         return self.synced

@@ -39,7 +39,7 @@ class Events:
     rng: Random
     away_since: dict[str, datetime] = field(factory=dict)
     jumped_at: float | None = None
-    jumped_boot_s: float = 0.0
+    jumped_after_s: float = 0.0
     jumped_life: int = 0
     jump_in_log: bool = False
     boot_seen: int = 1
@@ -138,7 +138,7 @@ class Events:
         if clock.offset != offset:
             unseen = self.jumped_at is not None and trio.current_time() - self.jumped_at < UNSEEN_S
             clock.offset = offset
-            self.jumped_at, self.jumped_boot_s = trio.current_time(), clock.boot_s()
+            self.jumped_at, self.jumped_after_s = trio.current_time(), clock.went_by_s()
             self.jumped_life = self.world.life.number if self.world.life.serves else 0
             self.jump_in_log = self.world.ledger.boot_with_lines == self.world.boot_id
             if unseen and not offset:  # gone before anybody looked at the clock
@@ -156,6 +156,7 @@ class Events:
 
     def reboot(self) -> None:
         """A machine that comes up does not know whether its clock is right, until somebody in the net tells it."""
+        self.world.clock.reboot()
         self.world.clock.synced = False
         self._set_offset(self.world.clock.offset)
 

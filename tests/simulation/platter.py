@@ -140,6 +140,7 @@ class Platter:
                     gone.setdefault(durable[name], []).append((directory, name))
         self._undo_half_moves(kept, gone, now)
         self._undo_doubles(kept)
+        self._undo_half_shifts(kept, now)
         return {
             str(directory.relative_to(self.root)): {
                 name: self._torn(self._content(directory, name, inode), rng) for name, inode in sorted(names.items())
@@ -169,6 +170,14 @@ class Platter:
                     del names[name]
                     if name in durable and durable[name] not in names.values():
                         names[name] = durable[name]
+
+    def _undo_half_shifts(self, kept: dict[Path, dict[str, int]], now: dict[Path, dict[str, int]]) -> None:
+        """Files that moved into each other's places did so one after the other: none of them is lost on the way."""
+        held = {inode for names in kept.values() for inode in names.values()}
+        there = {inode for names in now.values() for inode in names.values()}
+        for directory, durable in self.entries.items():
+            if directory in kept and any(inode in there and inode not in held for inode in durable.values()):
+                kept[directory] = {**durable}
 
     def _torn(self, file: File, rng: Random) -> bytes:
         tail = bytes(file.data[file.synced :])

@@ -199,7 +199,7 @@ class World:
         if events.jumped_at is None or trio.current_time() - events.jumped_at < 5 or not self._jump_is_known:
             return False  # what was asked for before may be under way
         within_s = min(self.interval_of(instance), 86400.0)
-        is_recent = self.clock.boot_s() - events.jumped_boot_s < within_s - 6
+        is_recent = self.clock.went_by_s() - events.jumped_after_s < within_s - 6
         return is_recent and (self.clock.is_wrong or events.jumped_life == self.life.number)
 
     @property

@@ -1,0 +1,106 @@
+"""Which snapshots instances have, for whoever must not wait for a hypervisor: told by runs, asked for now and then."""
+
+import math
+from collections.abc import Collection
+from contextlib import suppress
+from datetime import datetime, timedelta
+
+import structlog
+import trio
+from attrs import define, field, frozen
+
+from hypemand.core.errors import HypemandError
+from hypemand.core.model import InstanceId, Snapshot
+from hypemand.core.retention import scheduled_only
+from hypemand.engine.engine import Engine
+from hypemand.engine.fleet import UnknownBackendError
+from hypemand.engine.limits import answer
+
+ROUND_S = 60.0
+"""From the end of one round of questions to the next."""
+OLD_AFTER = timedelta(hours=1)
+"""An answer is asked for again: somebody may have deleted snapshots by hand."""
+ANSWER_S = 10.0
+_log = structlog.get_logger()
+
+
+@frozen
+class _Answer:
+    """What is known of an instance's snapshots (None: nothing), and when, on the boot-time clock."""
+
+    snapshots: tuple[Snapshot, ...] | None
+    at_s: float
+
+    def is_old(self, boot_s: float) -> bool:
+        return self.snapshots is None or boot_s - self.at_s >= OLD_AFTER.total_seconds()
+
+
+@define(eq=False)
+class KeptSnapshots:
+    """The scheduled snapshots of each instance with a schedule, as they were told last."""
+
+    _engine: Engine
+    _answers: dict[InstanceId, _Answer] = field(factory=dict)
+
+    def heard(self, instance: InstanceId, snapshots: tuple[Snapshot, ...] | None) -> None:
+        """Take in what a backend told; None: it could not tell, and what it told before counts no longer."""
+        self._answers[instance] = _Answer(snapshots, self._engine.clock.boot_s())
+
+    def of(self, instance: InstanceId) -> tuple[Snapshot, ...] | None:
+        """The snapshots of *instance*; None where they are not known."""
+        known = self._answers.get(instance)
+        return None if known is None else known.snapshots
+
+    def made_at(self, instance: InstanceId, snapshot_id: str) -> datetime | None:
+        """When that snapshot was made; None where it is not known, or not there."""
+        return next((s.created_at for s in self.of(instance) or () if s.id == snapshot_id), None)
+
+    async def keep_asking(self) -> None:
+        """Ask for what is not known, or known for long. Each backend by itself: one that hangs holds up no other."""
+        await self._engine.scheduler.serving.wait()
+        busy: set[str] = set()
+        async with trio.open_nursery() as nursery:
+            while True:
+                for backend, instances in self._to_ask().items():
+                    if backend not in busy:
+                        busy.add(backend)
+                        nursery.start_soon(self._ask_each, backend, instances, busy)
+                await trio.sleep(ROUND_S)
+
+    def _to_ask(self) -> dict[str, list[InstanceId]]:
+        """Instances by backend, those first that were not asked about for longest."""
+        schedules, boot_s = self._engine.store.schedules, self._engine.clock.boot_s()
+        for gone in self._answers.keys() - schedules.keys():
+            del self._answers[gone]
+        to_ask: dict[str, list[InstanceId]] = {}
+        for instance in sorted(schedules, key=self._known_since):
+            known = self._answers.get(instance)
+            if known is not None and not known.is_old(boot_s):
+                continue
+            with suppress(UnknownBackendError):
+                to_ask.setdefault(self._engine.fleet.resolve(schedules[instance].backend), []).append(instance)
+        return to_ask
+
+    def _known_since(self, instance: InstanceId) -> float:
+        known = self._answers.get(instance)
+        return -math.inf if known is None else known.at_s
+
+    async def _ask_each(self, backend: str, instances: Collection[InstanceId], busy: set[str]) -> None:
+        for instance in instances:
+            # A run tells by itself what came of it, and is not to be held up by questions.
+            if instance in self._engine.store.schedules and instance not in self._engine.runner.active:
+                await self._ask(backend, instance)
+        busy.discard(backend)
+
+    async def _ask(self, name: str, instance: InstanceId) -> None:
+        before, told = self._answers.get(instance), None
+        try:
+            async with self._engine.fleet.lease(name) as backend:
+                listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(instance))
+                told = tuple(scheduled_only(instance, listed))
+        except HypemandError as error:
+            _log.debug("snapshots not counted", instance_id=instance, error=str(error))
+        except Exception as error:  # noqa: BLE001 - a bug in one backend stops no other
+            _log.exception("internal error of a backend", backend=name, error=str(error))
+        if self._answers.get(instance) is before:  # else a run has told meanwhile, and knows better
+            self.heard(instance, told)
