@@ -33,10 +33,9 @@ class StateUnreadableError(CommandError):
 
     def __init__(self, error: OSError, state_dir: Path, silent: "NoAnswerError | None" = None) -> None:
         self.silent = silent
+        self.forbidden = isinstance(error, PermissionError)
         hint = (
-            "run this as the user that the daemon runs as"
-            if isinstance(error, PermissionError)
-            else f"is {state_dir} the right state_dir?"
+            "run this as the user that the daemon runs as" if self.forbidden else f"is {state_dir} the right state_dir?"
         )
         nor = f"; nor does the daemon answer: {silent}" if silent else ""
         super().__init__(f"state can't be read: {error.filename or state_dir}: {error.strerror}; {hint}{nor}")

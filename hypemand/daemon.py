@@ -86,7 +86,8 @@ class Daemon:
                 self.guarding = guarding
                 self.engine = await self._started(outside, background)
                 nursery.start_soon(self._watch)
-                control = Control(self.engine)
+                assert self.metrics is not None
+                control = Control(self.engine, self.metrics.kept.of)
                 self.api = self._front(self.engine, control)
                 background.start_soon(self._serve_api, self.engine, self.api)
                 with self.engine.events.heard_by(control.hear):

@@ -208,7 +208,7 @@ def _verdict_without_status(error: StateUnreadableError) -> "Verdict":
     from hypemand.surface.check import daemon_down, unknown
     from hypemand.surface.client import Silence
 
-    if error.silent is not None and error.silent.why in (Silence.ABSENT, Silence.HUNG):
+    if error.forbidden and error.silent is not None and error.silent.why in (Silence.ABSENT, Silence.HUNG):
         return daemon_down(str(error.silent))
     return unknown(str(error))
 

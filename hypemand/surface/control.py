@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TypeVar
+from pathlib import Path
 
 import trio
 from attrs import define, field
@@ -10,9 +10,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from hypemand.core.model import InstanceId, InstanceState, RunStarted, Snapshot
+from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot
 from hypemand.engine.engine import Engine
-from hypemand.engine.events import Event, RunEnded, RunStepped, SnapshotsListed, Step
+from hypemand.engine.events import Event, RunEnded, RunStepped, Step
 from hypemand.state.codec import to_json
 from hypemand.state.files import Disk
 from hypemand.state.history import read_history
@@ -21,12 +21,10 @@ from hypemand.state.scan import quarantine_notes
 from hypemand.surface.client import FORMAT, FORMAT_HEADER
 from hypemand.surface.documents import Document, forecast_document, snapshots_document, status_document
 from hypemand.surface.known import OpenRun, State
-from hypemand.surface.report import InstanceView, Overview, look
+from hypemand.surface.report import AtWork, InstanceView, Overview, look
 
-T = TypeVar("T")
 SETTLE_S = 5.0
 """How long `recover` waits for what is being settled."""
-_THREADS = 2
 
 
 @define(eq=False)
@@ -51,16 +49,20 @@ class Control:
     Instances that hypemand is at work on are not asked about: it knows their
     state itself, and a hypervisor serves one client at a time. One look is
     taken at a time; who asks meanwhile shares the next.
+
+    Attributes:
+        listed: The snapshots of an instance as they were listed last, for those.
+        disk: Not the engine's: questions keep no write waiting.
     """
 
     engine: Engine
+    listed: Callable[[InstanceId], tuple[Snapshot, ...] | None] = lambda _: None
+    disk: Disk = field(factory=Disk)
     _next: _Look = field(init=False, factory=_Look)
     _looking: trio.Lock = field(init=False, factory=trio.Lock)
     _paused_s: dict[str, float] = field(init=False, factory=dict)
-    _listed: dict[InstanceId, tuple[Snapshot, ...]] = field(init=False, factory=dict)
     _touched: set[InstanceId] = field(init=False, factory=set)
     _ended: trio.Event = field(init=False, factory=trio.Event)
-    _threads: trio.CapacityLimiter = field(init=False, factory=lambda: trio.CapacityLimiter(_THREADS))
 
     def hear(self, event: Event) -> None:
         """Take in what happens in the engine."""
@@ -69,6 +71,10 @@ class Control:
         match event:
             case RunStepped(step=Step.PAUSED):
                 self._paused_s[event.run_id] = trio.current_time()
+            case RunStepped(step=Step.BEGUN) if self._freezes_by_itself(event.instance_id):
+                self._paused_s[event.run_id] = trio.current_time()
+            case RunStepped(step=Step.CAPTURED) if self._freezes_by_itself(event.instance_id):
+                self._paused_s.pop(event.run_id, None)
             case RunStepped(step=Step.RESUMED):
                 self._paused_s.pop(event.run_id, None)
             case RunEnded():
@@ -76,8 +82,11 @@ class Control:
                 self._paused_s.pop(event.run.run_id, None)
                 self._ended.set()
                 self._ended = trio.Event()
-            case SnapshotsListed():
-                self._listed[event.instance_id] = event.snapshots
+
+    def _freezes_by_itself(self, instance: InstanceId) -> bool:
+        """Whether the guest stands still for as long as its hypervisor captures it."""
+        run = self.engine.runlog.open_run_of(instance)
+        return run is not None and run.freezes is Freezer.HYPERVISOR
 
     async def overview(self, instance: str | None = None) -> Overview:
         """Everything about *instance*, or about all: what is known, and what the backends say now."""
@@ -102,8 +111,7 @@ class Control:
     async def _look(self, only: set[str] | None) -> Overview:
         engine = self.engine
         self._touched.clear()
-        quarantine = tuple(await self._in_thread(lambda: list(quarantine_notes(engine.store.state_dir))))
-        busy = {instance: self._listed.get(instance) for instance in self._busy()}
+        quarantine = await self.disk.call(_quarantine, engine.store.state_dir)
         overview = await look(
             self._state(quarantine),
             engine.config,
@@ -111,14 +119,10 @@ class Control:
             clock=engine.clock,
             watch=engine.watch,
             only=only,
-            busy=busy,
+            at_work=AtWork(self._is_at_work_on, self.listed),
         )
         for view in overview.instances:
             self._bring_up_to_date(view)
-            if view.snapshots is not None:
-                self._listed[view.instance_id] = (*view.snapshots, *view.future)
-        for gone in self._listed.keys() - engine.store.schedules.keys():
-            del self._listed[gone]
         return overview
 
     def _bring_up_to_date(self, view: InstanceView) -> None:
@@ -132,10 +136,10 @@ class Control:
         elif view.state == InstanceState.PAUSED:
             view.state = None
 
-    def _busy(self) -> set[InstanceId]:
+    def _is_at_work_on(self, instance: InstanceId) -> bool:
         engine = self.engine
-        settling = {run.instance_id for run in engine.runlog.open_runs if run.run_id in engine.recovery.settling}
-        return {*engine.scheduler.running, *settling}
+        run = engine.runlog.open_run_of(instance)
+        return instance in engine.scheduler.running or (run is not None and run.run_id in engine.recovery.settling)
 
     def _state(self, quarantine: tuple[str, ...]) -> State:
         engine = self.engine
@@ -180,11 +184,11 @@ class Control:
         known = instance is None or instance in schedules
 
         def read() -> bytes:
-            history = read_history(state_dir, Disk(), None if instance is None else InstanceId(instance))
+            history = read_history(state_dir, self.disk, None if instance is None else InstanceId(instance))
             rest = to_json({"damaged": history.damaged, "known": known})
             return b'{"runs":[' + b",".join(history.lines) + b"]," + rest[1:]
 
-        return await self._in_thread(read)
+        return await self.disk.call(read)
 
     async def recover(self) -> Document:
         """Have open runs settled now, and wait a few seconds for them and for those under way."""
@@ -203,8 +207,9 @@ class Control:
         under_way = self._under_way()
         return [run for run in self.engine.runlog.open_runs if run not in under_way]
 
-    async def _in_thread(self, read: Callable[[], T]) -> T:
-        return await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._threads)
+
+def _quarantine(state_dir: Path) -> tuple[str, ...]:
+    return tuple(quarantine_notes(state_dir))
 
 
 def _named(run: RunStarted) -> str:

@@ -1,13 +1,15 @@
 """What an operator asks, answered from what hypemand knows and from the backends. Changes nothing."""
 
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime, timedelta
+from functools import partial
 
 import structlog
 import trio
-from attrs import define, field
+from attrs import define, field, frozen
 
-from hypemand.backends.base import BackendError
+from hypemand.backends.base import Backend, BackendError
 from hypemand.config import GUARD_OFF, Config
 from hypemand.core.model import InstanceId, RunFinished, Schedule, Snapshot
 from hypemand.core.retention import future_dated, scheduled_only
@@ -24,6 +26,7 @@ ANSWER_S = 5.0
 ALL_ANSWERS_S = 10.0
 """How long for all of them."""
 AT_ONCE = 32
+"""Questions to one backend; one that hangs hides no other."""
 NEVER_USED = " (never used so far; the daemon makes its directories when it first starts)"
 NOT_IN_TIME = "no answer in time, or not asked because others gave none"
 _log = structlog.get_logger()
@@ -68,6 +71,22 @@ class InstanceView:
     warnings: list[str] = field(factory=list)
 
 
+@frozen
+class AtWork:
+    """The instances that hypemand is at work on. It knows their state itself; a hypervisor serves one client at a time.
+
+    Attributes:
+        on: Whether an instance is one of them, at this moment.
+        listed: Its snapshots as they were listed last; None where that is not known.
+    """
+
+    on: Callable[[InstanceId], bool]
+    listed: Callable[[InstanceId], tuple[Snapshot, ...] | None]
+
+
+NOT_AT_WORK = AtWork(lambda _: False, lambda _: None)
+
+
 @define
 class Overview:
     """Everything that `status` shows, as of *at*.
@@ -103,7 +122,7 @@ async def look(
     clock: Clock,
     watch: ClockWatch,
     only: Collection[str] | None = None,
-    busy: Mapping[InstanceId, tuple[Snapshot, ...] | None] | None = None,
+    at_work: AtWork = NOT_AT_WORK,
 ) -> Overview:
     """Ask the backends of *config* about every instance with a schedule, and about those that none covers.
 
@@ -111,8 +130,7 @@ async def look(
 
     Args:
         only: These instances alone.
-        busy: Instances that must not be asked about, as hypemand is at work on them, with their snapshots as
-            they were listed last.
+        at_work: The instances that must not be asked about.
     """
     discovery = await discover(fleet.backends, ANSWER_S)
     wanted = wanted_schedules(config, discovery, state.schedules.values()) if config else Wanted()
@@ -126,7 +144,7 @@ async def look(
     if config is not None and not config.runs.guard:
         overview.warnings.append(GUARD_OFF)
     overview.clock_doubts += _clock_doubts(state.schedules.values(), watch)
-    await _ask_all(overview, fleet, busy or {})
+    await _ask_all(overview, fleet, at_work)
     for view in overview.instances:
         view.warnings += _warnings_of(view)
     return overview
@@ -186,42 +204,45 @@ def _judge_freezes(view: InstanceView, records: FreezeRecords, fleet: Fleet, con
         view.over_budget = why_over_budget(view.longest, view.max_freeze)
 
 
-async def _ask_all(overview: Overview, fleet: Fleet, busy: Mapping[InstanceId, tuple[Snapshot, ...] | None]) -> None:
-    limiter = trio.CapacityLimiter(AT_ONCE)
-    asked = [view for view in overview.instances if view.instance_id not in busy]
-    for view in asked:
-        view.trouble = NOT_IN_TIME
+async def _ask_all(overview: Overview, fleet: Fleet, at_work: AtWork) -> None:
+    turns: defaultdict[str | None, trio.CapacityLimiter] = defaultdict(lambda: trio.CapacityLimiter(AT_ONCE))
+
+    async def ask(view: InstanceView) -> None:
+        async with turns[view.backend]:
+            if at_work.on(view.instance_id):
+                view.trouble = None
+                view.state = view.open_run.guest if view.open_run else None
+                _take_snapshots(view, at_work.listed(view.instance_id), overview.at)
+            else:
+                await _ask(view, fleet, overview.at)
+
     with trio.move_on_after(ALL_ANSWERS_S):
         async with trio.open_nursery() as nursery:
-            for view in asked:
-                nursery.start_soon(_ask, view, fleet, limiter, overview.at)
-    for view in overview.instances:
-        if view.instance_id in busy:
-            view.state = view.open_run.guest if view.open_run else None
-            _take_snapshots(view, busy[view.instance_id], overview.at)
+            for view in overview.instances:
+                view.trouble = NOT_IN_TIME
+                nursery.start_soon(ask, view)
 
 
-async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter, now: datetime) -> None:
-    instance = view.instance_id
-    async with limiter:
-        try:
-            backend = fleet.backends[fleet.resolve(view.backend)]
-        except UnknownBackendError as error:
-            view.trouble = str(error)
-            return
-        troubles: list[str] = []
+async def _ask(view: InstanceView, fleet: Fleet, now: datetime) -> None:
+    try:
+        name = fleet.resolve(view.backend)
+    except UnknownBackendError as error:
+        view.trouble = str(error)
+        return
+    troubles: list[str] = []
+    async with fleet.lease(name) as backend, trio.open_nursery() as nursery:
+        nursery.start_soon(_noting, troubles, partial(_ask_state, backend, view))
+        nursery.start_soon(_noting, troubles, partial(_ask_snapshots, backend, view, now))
+    view.trouble = troubles[0] if troubles else None
 
-        async def ask_state() -> None:
-            view.state = (await answer("state", ANSWER_S, lambda: backend.state(instance))).state
 
-        async def ask_snapshots() -> None:
-            listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(instance))
-            _take_snapshots(view, scheduled_only(instance, listed), now)
+async def _ask_state(backend: Backend, view: InstanceView) -> None:
+    view.state = (await answer("state", ANSWER_S, lambda: backend.state(view.instance_id))).state
 
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_noting, troubles, ask_state)
-            nursery.start_soon(_noting, troubles, ask_snapshots)
-        view.trouble = troubles[0] if troubles else None
+
+async def _ask_snapshots(backend: Backend, view: InstanceView, now: datetime) -> None:
+    listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(view.instance_id))
+    _take_snapshots(view, scheduled_only(view.instance_id, listed), now)
 
 
 async def _noting(troubles: list[str], ask: Callable[[], Awaitable[None]]) -> None:
