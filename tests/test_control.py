@@ -128,7 +128,7 @@ async def test_a_hung_backend_delays_an_answer_by_a_few_seconds_and_hides_no_oth
         views = {view["instance_id"]: view for view in (await told(app, "/control/status"))["instances"]}
         assert trio.current_time() - began <= 10.1
         assert views["db-1"]["state"] == "Running"
-        assert "did not answer" in views["web-0"]["trouble"]
+        assert any("did not answer" in views[name]["trouble"] for name in names)
         assert all(views[name]["state"] is None and "answer" in views[name]["trouble"] for name in names)
 
 
