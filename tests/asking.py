@@ -55,6 +55,7 @@ async def ask(
     chunks: list[bytes] | None = None,
     unfinished: bool = False,
     leaves_after: float = math.inf,
+    slow_s: float = 0.0,
     answer: Answer | None = None,
 ) -> Answer:
     """The answer of *app* to ``METHOD target``, of which the path is taken as it stands.
@@ -63,6 +64,7 @@ async def ask(
         body: Bytes, or what is made JSON of.
         chunks: The body in these parts instead. *unfinished*: and more, which never come.
         leaves_after: Seconds after which the client goes away.
+        slow_s: How long the client takes for each part of the answer.
         answer: To be filled, for who wants to look at it meanwhile.
     """
     answer = answer or Answer()
@@ -95,7 +97,7 @@ async def ask(
 
     async def send(message: Message) -> None:
         answer.take(message)
-        await trio.lowlevel.checkpoint()
+        await trio.sleep(slow_s)
 
     await app(scope, receive, send)
     assert answer.over or trio.current_time() >= leaves_at

@@ -85,15 +85,34 @@ async def test_a_run_goes_on_when_its_listener_has_gone(
     tmp_path: Path, heard_log: list[EventDict], autojump_clock: MockClock
 ) -> None:
     async with served(tmp_path) as (made, app):
-        for headers in (STREAM, None):
-            made.backend.capture_s = 5
-            answer = Answer()
-            with trio.move_on_after(2):
-                await ask(app, "POST", RUN, headers=headers, leaves_after=1, answer=answer)
-            assert not answer.over
-            await trio.sleep(10)
-        assert made.outcomes() == ["succeeded", "succeeded"]
+        made.backend.capture_s = 5
+        began = trio.current_time()
+        answer = await ask(app, "POST", RUN, headers=STREAM, leaves_after=1)
+        assert (answer.over, trio.current_time() - began) == (False, 1)
         assert made.engine.events._listeners == []
+        assert made.outcomes() == []
+        await trio.sleep(10)
+        with trio.move_on_after(1):  # the server ends, and with it the request
+            await ask(app, "POST", RUN)
+        await trio.sleep(10)
+        assert made.outcomes() == ["succeeded", "succeeded"]
+    assert not [line for line in heard_log if line["log_level"] in ("error", "critical")]
+
+
+async def test_who_reads_slowly_hears_the_whole_run_and_nothing_of_the_next(
+    tmp_path: Path, heard_log: list[EventDict], autojump_clock: MockClock
+) -> None:
+    async with served(tmp_path) as (made, app), trio.open_nursery() as nursery:
+        slow = Answer()
+        nursery.start_soon(lambda: ask(app, "POST", RUN, headers=STREAM, slow_s=7, answer=slow))
+        await trio.sleep(5)
+        began = trio.current_time()
+        assert (await ask(app, "POST", RUN)).json["outcome"] == "succeeded"
+        assert trio.current_time() - began == 1
+        await trio.sleep(100)
+        steps = [line["step"] for line in slow.lines]
+        assert steps == ["begun", "paused", "captured", "resumed", "listed", "finished"]
+        assert slow.lines[-1]["run"]["run_id"] == made.history()[0].run_id
     assert not [line for line in heard_log if line["log_level"] in ("error", "critical")]
 
 

@@ -300,6 +300,23 @@ async def test_a_change_during_a_run_survives_its_end(tmp_path: Path, autojump_c
         assert requests.get(WEB) == evolve(changed, last_run_at=run.started_at, last_snapshot_id=run.snapshot_id)
 
 
+async def test_what_is_asked_of_one_instance_is_done_in_turn_and_holds_up_no_other(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with asked(tmp_path, machines=("web-1", "web-2")) as (made, requests), trio.open_nursery() as nursery:
+        await requests.put(WEB, wanted(), "me")
+        made.backend.fail("state", "web-1")  # hangs: the change takes 5 s
+        nursery.start_soon(requests.put, WEB, wanted(2 * HOUR), "first")
+        await trio.testing.wait_all_tasks_blocked()
+        began = trio.current_time()
+        nursery.start_soon(requests.delete, WEB, "second")
+        await requests.put(InstanceId("web-2"), wanted(), "third")
+        assert trio.current_time() == began
+        assert requests.get(WEB).interval == HOUR
+        await trio.sleep(10)
+        assert [schedule.instance_id for schedule in requests.all()] == ["web-2"]
+
+
 async def test_whatever_many_clients_and_the_config_ask_at_once_the_file_is_what_is_in_force(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:

@@ -49,10 +49,13 @@ class UnavailableError(RequestRefusedError):
 
 @frozen(kw_only=True)
 class SetSchedule:
-    """What a PUT asks for: all that a client may set."""
+    """What a PUT asks for: all that a client may set.
+
+    Hypeman's documents require the retention, but its Go client leaves an empty one out.
+    """
 
     interval: Interval
-    retention: RetentionEntry
+    retention: RetentionEntry = Factory(RetentionEntry)
     metadata: Metadata = Factory(dict)
     name_prefix: NamePrefix | None = None
 
