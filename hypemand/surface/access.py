@@ -95,6 +95,7 @@ def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
         raise InvalidInput(unreadable)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     try:
         context.load_cert_chain(cert, key, password=_no_password)

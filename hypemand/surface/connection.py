@@ -1,4 +1,4 @@
-"""One client's connection: hypercorn's HTTP/1.1 over a stream on which everything has its time.
+"""One client's connection: HTTP/1.1 over a stream on which everything has its time.
 
 What a request sets off is not cut short when its client leaves.
 """
@@ -11,25 +11,20 @@ from enum import Enum, auto
 from typing import Any, cast
 
 import h11
-import orjson
 import structlog
 import trio
 from attrs import frozen
 from hypercorn.config import Config as HttpConfig
 from hypercorn.events import Closed, Event, RawData, Updated
-from hypercorn.logging import Logger
-from hypercorn.protocol.events import Request
-from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
-from hypercorn.protocol.http_stream import HTTPStream
 from hypercorn.trio.worker_context import WorkerContext
 from hypercorn.typing import ConnectionState
 from hypercorn.utils import parse_socket_addr
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Scope
 
+from hypemand.surface.http1 import Http1, Inbox
+
 _RECEIVE_BYTES = 16 * 1024
-_PIECES = 2
-"""How much of a body waits for the app, in pieces as received: what it does not take is not read."""
 _LINGER_BYTES = 1024**2
 _log = structlog.get_logger()
 
@@ -40,6 +35,7 @@ class Limits:
 
     Attributes:
         connections: Open at once, of the clients that come one way.
+        settle_s: Without a request, before it may be closed to make room for others.
         idle_s: Without a request.
         head_s: From the first byte of a request to the end of its head.
         body_s: From there to the end of its body.
@@ -48,6 +44,7 @@ class Limits:
     """
 
     connections: int = 64
+    settle_s: float = 1.0
     head_bytes: int = 16 * 1024
     handshake_s: float = 10.0
     idle_s: float = 65.0
@@ -72,29 +69,6 @@ _MAKES_ROOM = frozenset({Phase.HANDSHAKE, Phase.IDLE, Phase.HEAD, Phase.LEFT})
 """When others want to come in, a connection may be closed that has no request which is waited for."""
 
 
-class _Logger(Logger):
-    """Tells of requests for those who look for trouble. Neither headers nor queries: there are secrets in them."""
-
-    async def access(self, request: Any, response: Any, request_time: float) -> None:
-        _log.debug(
-            "request",
-            method=request["method"],
-            path=request["path"],
-            status=response["status"] if response else None,
-            took_s=request_time,
-        )
-
-
-def http_config(limits: Limits) -> HttpConfig:
-    """The settings of hypercorn."""
-    config = HttpConfig()
-    config.accesslog = config.errorlog = None
-    config.logger_class = _Logger
-    config.h11_max_incomplete_size = limits.head_bytes
-    config.include_server_header = False
-    return config
-
-
 class Connection:
     """A client that has come in; `run` serves it.
 
@@ -115,8 +89,8 @@ class Connection:
         apps: trio.Nursery,
         on_change: Callable[[], None],
     ) -> None:
-        wire = Wire(socket, limits.linger_s)
-        self._stream = wire if tls is None else trio.SSLStream(wire, tls, server_side=True)
+        self._wire = Wire(socket)
+        self._stream = self._wire if tls is None else trio.SSLStream(self._wire, tls, server_side=True)
         self._tls = tls is not None
         self._app = app
         self._limits = limits
@@ -132,7 +106,7 @@ class Connection:
         self.since = trio.current_time()
         self.client = _address(socket, socket.socket.getpeername)
         server = _address(socket, socket.socket.getsockname)
-        self._protocol = _Http1(
+        self._protocol = Http1(
             cast("Any", app),  # called by `_answer`, not by hypercorn
             config,
             context,
@@ -163,9 +137,7 @@ class Connection:
                 with trio.move_on_after(self._limits.linger_s):
                     await self._protocol.refuse(408)
             await self._protocol.handle(Closed())
-            if not self._evicted:
-                with trio.move_on_after(self._limits.linger_s), contextlib.suppress(trio.BrokenResourceError):
-                    await self._stream.aclose()
+            await self._part()
         finally:
             await trio.aclose_forcefully(self._stream)
 
@@ -185,6 +157,17 @@ class Connection:
             await self._protocol.handle(Closed())
             self._enter(Phase.LEFT, math.inf)
             await self._answered.wait()
+
+    async def _part(self) -> None:
+        """Close it in peace, unless it has to make room."""
+        if self._evicted:
+            return
+        self._closing = True
+        self._wire.lingers = self._phase is Phase.HEAD or self._protocol.is_unread
+        self._scope = trio.CancelScope()
+        with self._scope, contextlib.suppress(trio.BrokenResourceError):
+            self._enter(Phase.LEFT, self._limits.linger_s)
+            await self._stream.aclose()
 
     async def _read(self) -> None:
         while True:
@@ -208,7 +191,8 @@ class Connection:
             try:
                 with trio.fail_after(self._limits.send_s):
                     async with self._sending:
-                        await self._stream.send_all(event.data)
+                        if not self._closing:  # else the client is gone, or has had its last answer
+                            await self._stream.send_all(event.data)
             except (trio.BrokenResourceError, trio.ClosedResourceError, trio.TooSlowError):
                 self._read_no_more()
         elif isinstance(event, Updated):
@@ -233,12 +217,12 @@ class Connection:
         Returns:
             What takes in the pieces of the request.
         """
-        inbox = _Inbox(lambda: self._enter(Phase.ANSWER, math.inf))
+        inbox = Inbox(lambda: self._enter(Phase.ANSWER, math.inf))
         self._answered = trio.Event()
         self._apps.start_soon(self._answer, scope, inbox, send, self._answered)
         return inbox.put
 
-    async def _answer(self, scope: Scope, inbox: "_Inbox", send: Callable[[Any], Any], answered: trio.Event) -> None:
+    async def _answer(self, scope: Scope, inbox: Inbox, send: Callable[[Any], Any], answered: trio.Event) -> None:
         try:
             try:
                 await self._app(scope, inbox.receive, send)
@@ -254,105 +238,17 @@ class Connection:
             answered.set()
 
 
-class _Http1(H11Protocol):
-    """HTTP/1.1 and nothing else; what is none is refused in the API's own form."""
-
-    @property
-    def has_more(self) -> bool:
-        """Whether something of the next request is here already."""
-        return bool(self.connection.trailing_data[0])
-
-    async def refuse(self, status: int) -> None:
-        """Answer that there is no request that could be answered, if it is time for an answer."""
-        if self.connection.our_state in {h11.IDLE, h11.SEND_RESPONSE}:
-            await self._send_error_response(status)
-
-    async def _check_protocol(self, event: h11.Request) -> None:
-        """No upgrade is taken: a client that offers one is answered as if it had not."""
-
-    async def _create_stream(self, request: h11.Request) -> None:
-        self.stream = HTTPStream(
-            self.app,
-            self.config,
-            self.context,
-            self.task_group,
-            self.ssl,
-            self.client,
-            self.server,
-            self.stream_send,
-            STREAM_ID,
-        )
-        await self.stream.handle(
-            Request(
-                stream_id=STREAM_ID,
-                headers=list(request.headers),
-                http_version=request.http_version.decode(),
-                method=request.method.decode("ascii").upper(),
-                raw_path=request.target,
-                state=self.connection_state,
-            )
-        )
-        self.keep_alive_requests += 1
-
-    async def _send_error_response(self, status_code: int) -> None:
-        body = orjson.dumps({"code": "invalid_request", "message": _REFUSALS.get(status_code, _REFUSALS[400])})
-        headers = [
-            (b"content-type", b"application/json"),
-            (b"content-length", b"%d" % len(body)),
-            (b"connection", b"close"),
-            *self.config.response_headers("h11"),
-        ]
-        await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
-        await self._send_h11_event(h11.Data(data=body))
-        await self._send_h11_event(h11.EndOfMessage())
-
-
-_REFUSALS = {
-    400: "this is no request in HTTP/1.1",
-    408: "the request did not arrive in time",
-    431: "the head of the request is too large",
-}
-
-
-class _Inbox:
-    """The pieces of a request on their way to the app. What it does not take waits for it, and so does who sends it."""
-
-    def __init__(self, on_complete: Callable[[], None]) -> None:
-        self._on_complete = on_complete
-        self._in, self._out = trio.open_memory_channel[Message](_PIECES)
-
-    async def put(self, message: Message) -> None:
-        """Take in a piece, or that the client has gone, which never waits. Dropped once the app is done."""
-        if message["type"] == "http.disconnect":
-            self._in.close()
-            return
-        if not message["more_body"]:
-            self._on_complete()
-        with contextlib.suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            await self._in.send(message)
-
-    async def receive(self) -> Message:
-        """The next piece; for the app."""
-        try:
-            return await self._out.receive()
-        except trio.EndOfChannel:
-            return {"type": "http.disconnect"}
-
-    def close(self) -> None:
-        """The app is done."""
-        self._in.close()
-        self._out.close()
-
-
 class Wire(trio.abc.Stream):
-    """A client's socket. When it is closed, the client has some time to read what was sent last.
+    """A client's socket.
 
-    A socket that is closed with something unread in it takes that away from the client.
+    Attributes:
+        lingers: Before it is closed, the client's last words are read and dropped: a socket that is
+            closed with something unread in it takes away what the client has not read yet.
     """
 
-    def __init__(self, socket: trio.SocketStream, linger_s: float) -> None:
+    def __init__(self, socket: trio.SocketStream) -> None:
         self._socket = socket
-        self._linger_s = linger_s
+        self.lingers = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """Send *data*."""
@@ -367,20 +263,19 @@ class Wire(trio.abc.Stream):
         return await self._socket.receive_some(max_bytes)
 
     async def aclose(self) -> None:
-        """Send the end, drop what still comes until the client's, and close. At once when cancelled."""
+        """Close it; at once when cancelled."""
         try:
-            with (
-                trio.move_on_after(self._linger_s),
-                contextlib.suppress(trio.BrokenResourceError, trio.BusyResourceError),
-            ):
-                await self._socket.send_eof()
-                left = _LINGER_BYTES
-                while left > 0 and (dropped := await self._socket.receive_some(_RECEIVE_BYTES)):
-                    left -= len(dropped)
-        except trio.ClosedResourceError:
-            pass
+            if self.lingers:
+                await self._linger()
         finally:
             await self._socket.aclose()
+
+    async def _linger(self) -> None:
+        with contextlib.suppress(trio.BrokenResourceError, trio.BusyResourceError, trio.ClosedResourceError):
+            await self._socket.send_eof()
+            left = _LINGER_BYTES
+            while left > 0 and (dropped := await self._socket.receive_some(_RECEIVE_BYTES)):
+                left -= len(dropped)
 
 
 def _address(socket: trio.SocketStream, ask: Callable[[], Any]) -> tuple[str, int] | None:

@@ -5,6 +5,7 @@ A door that can't be opened is tried again. Schedules never wait for a client.
 
 import contextlib
 import errno
+import math
 import socket
 from collections.abc import Awaitable, Callable
 from functools import partial
@@ -18,11 +19,12 @@ from attrs import field, frozen
 from hypercorn.trio.worker_context import WorkerContext
 from starlette.types import ASGIApp
 
-from hypemand.surface.connection import Connection, Limits, http_config
+from hypemand.surface.connection import Connection, Limits
+from hypemand.surface.http1 import http_config
 from hypemand.surface.sockets import BACKLOG, ControlSocket, SocketRefusedError, open_control_socket
 
 T = TypeVar("T")
-RETRY_S = 5.0
+RETRY_S = 2.0
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -47,13 +49,19 @@ class _Door:
         """Look again whether there is room."""
         self.changed.unpark_all()
 
-    async def room(self, most: int) -> None:
+    async def room(self, limits: Limits) -> None:
         """Wait until there is room for one more; who is without a request the longest makes it."""
-        while len(self.connections) >= most:
+        while len(self.connections) >= limits.connections:
             idle = [connection for connection in self.connections if connection.makes_room]
+            wait_s = math.inf
             if idle:
-                min(idle, key=lambda connection: connection.since).close()
-            await self.changed.park()
+                longest = min(idle, key=lambda connection: connection.since)
+                wait_s = longest.since + limits.settle_s - trio.current_time()
+                if wait_s <= 0:
+                    longest.close()
+                    wait_s = math.inf
+            with trio.move_on_after(wait_s):
+                await self.changed.park()
 
 
 class Serving:
@@ -80,7 +88,7 @@ class Serving:
         self.listen = listen
         self._limits = limits or Limits()
         self._retry_s = retry_s
-        self._http = http_config(self._limits)
+        self._http = http_config(self._limits.head_bytes)
         self._context = WorkerContext(None)
         self._socket_door = _Door(socket_app, lambda: None)
         self._tcp_door = None if tcp_app is None else _Door(tcp_app, tls)
@@ -165,7 +173,7 @@ class Serving:
                 await trio.sleep(min(1.0, self._retry_s))
                 continue
             try:
-                await door.room(self._limits.connections)
+                await door.room(self._limits)
                 connection = Connection(
                     trio.SocketStream(client),
                     door.app,
