@@ -184,7 +184,7 @@ def _check(options: argparse.Namespace) -> int:
     try:
         verdict = _verdict(Asked.by(options))
     except StateUnreadableError as error:
-        verdict = _verdict_without_status(error)
+        verdict = verdict_without_status(error)
     except CommandError as error:
         verdict = unknown(str(error))
     if options.json:
@@ -203,7 +203,7 @@ def _verdict(asked: Asked) -> "Verdict":
     return judge(status, check_instant(status["at"]), asked.instance)
 
 
-def _verdict_without_status(error: StateUnreadableError) -> "Verdict":
+def verdict_without_status(error: StateUnreadableError) -> "Verdict":
     """A user who may not read the state can tell all the same that nobody listens."""
     from hypemand.surface.check import daemon_down, unknown
     from hypemand.surface.client import Silence
