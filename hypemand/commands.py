@@ -210,6 +210,7 @@ def recover(options: argparse.Namespace) -> int:
 
     from hypemand.engine.offline import recover
     from hypemand.state.codec import NewerFormatError
+    from hypemand.surface.hooks import run_hooks
     from hypemand.surface.log import set_up_log
 
     config_path, config = _config_or_guess(options)
@@ -229,6 +230,7 @@ def recover(options: argparse.Namespace) -> int:
     if trouble is not None:
         raise trouble  # raised in there, it would come out in a group
     assert result is not None
+    trio.run(run_hooks, config.hooks, result.ended, config.hooks.timeout.total_seconds())
     return _tell_recovered(result.summary, result.left)
 
 

@@ -74,7 +74,7 @@ class Daemon:
         _log.info("stopped")
 
     async def _hold_state(self, nursery: trio.Nursery) -> None:
-        guarding = Guarding(_settle_command(self.config), wanted=self.config.runs.guard)
+        guarding = Guarding(_settle_command(self.config, self.config_path), wanted=self.config.runs.guard)
         outside = evolve(this_machine(), leases=guarding)
         try:
             lock = await take_lock(self.config.state_dir, "daemon", outside.disk)
@@ -209,8 +209,8 @@ class Daemon:
         _log.info("config in force", path=str(self.config_path), schedules=len(self.engine.store.schedules))
 
 
-def _settle_command(config: Config) -> list[str]:
-    return settle_command(config.state_dir, config.log.level, config.log.format)
+def _settle_command(config: Config, path: Path) -> list[str]:
+    return settle_command(config.state_dir, config.log.level, config.log.format, path)
 
 
 def log_warnings(config: Config) -> None:

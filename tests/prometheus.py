@@ -87,6 +87,12 @@ _ASKED = frozenset(re.findall(r"\w+", rules()))
 """Words in the rules, names of metrics among them: promtool takes long over what it does not need."""
 
 
+def documented() -> dict[str, tuple[str, set[str]]]:
+    """Type and labels of each metric in the docs' table, by name."""
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|([^|]*)\| [^|]+ \|$", DOCS.read_text(), re.MULTILINE)
+    return {name: (kind, set(re.findall(r"`(\w+)`", labels))) for name, kind, labels in rows}
+
+
 def find_promtool() -> str | None:
     """Where promtool is; None where it is not installed, and need not be."""
     found = shutil.which("promtool")

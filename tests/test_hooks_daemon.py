@@ -107,6 +107,55 @@ async def test_a_run_that_a_start_settles_is_told(lab: Lab) -> None:
     assert read(lab, "called")[0] == "interrupted"
 
 
+async def test_a_run_that_the_guard_settles_is_told_at_once_and_not_again(lab: Lab) -> None:
+    pager = hook(lab, "echo $HYPEMAND_OUTCOME >> called; echo $HYPEMAND_ERROR; env | grep OWNER")
+    lab.write(with_hooks(f'on_failure = ["{pager}"]'), backend=SLOW)
+    async with running_daemon(lab.config) as daemon:
+        await lab.in_mid_capture()
+        await daemon.kill()
+        await wait_until(lambda: not guards_of(daemon.pid), "the guard has done its work")
+        assert read(lab, "called") == ["interrupted"]
+        assert [line["line"] for line in daemon.logged("hook output")] == [lab.history()[0]["error"]]
+    async with running_daemon(lab.config) as daemon:
+        await daemon.wait_for("next run")
+        await daemon.stop()
+    assert read(lab, "called") == ["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ('on_failure = ["/bin/sleep", "1000"]\ntimeout = "1s"', "hook killed"),
+        ('on_failure = ["relative"]', "no hooks are run: the config can't be read"),
+    ],
+)
+async def test_the_guard_settles_runs_also_with_hooks_that_hang_or_can_not_be_read(
+    lab: Lab, lines: str, told: str
+) -> None:
+    async with running_daemon(lab.write(backend=SLOW).config) as daemon:
+        await lab.in_mid_capture()
+        daemon.send(signal.SIGSTOP)
+        lab.write(with_hooks(lines), backend=SLOW)
+        await daemon.kill()
+        await wait_until(lambda: not guards_of(daemon.pid), "the guard has done its work")
+        assert len(daemon.logged(told)) == 1
+    assert lab.guest_state() == "Running"
+    assert [run["outcome"] for run in lab.history()] == ["interrupted"]
+
+
+async def test_a_run_that_recover_settles_is_told(lab: Lab) -> None:
+    pager = hook(lab, "echo $HYPEMAND_OUTCOME >> called; echo paged")
+    lab.write(with_hooks(f'on_failure = ["{pager}"]'), backend=SLOW, runs="guard = false")
+    async with running_daemon(lab.config) as daemon:
+        await lab.in_mid_capture()
+        await daemon.kill()
+    recovered = await run_cli("recover", "-c", lab.config)
+    assert recovered.status == 0
+    assert recovered.stdout == "1 of 1 open runs settled\n"
+    assert "paged" in recovered.stderr
+    assert read(lab, "called") == ["interrupted"]
+
+
 async def test_a_hook_outlives_a_daemon_that_is_killed_also_when_it_still_writes(lab: Lab) -> None:
     pager = hook(lab, "echo $$ > pid; while [ ! -e go ]; do sleep 0.05; done; echo on; echo the way >&2; echo > paged")
     lab.write(with_hooks(f'on_failure = ["{pager}"]'), instances={"web-1": "Paused"})

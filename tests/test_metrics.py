@@ -1,5 +1,6 @@
 """The metrics, in virtual time: what they say of runs, freezes and snapshots, and for whom they say nothing."""
 
+import itertools
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 import trio
 from attrs import evolve
 from starlette.applications import Starlette
@@ -14,7 +16,7 @@ from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed
 from hypemand.config import RetentionEntry, ScheduleEntry
-from hypemand.core.model import InstanceId, InstanceState
+from hypemand.core.model import Freezer, InstanceId, InstanceState
 from hypemand.engine.requests import Requests, SetSchedule
 from hypemand.surface.metrics import Metrics
 from tests.fakes import FakeBackend, FakeClock
@@ -60,6 +62,8 @@ async def test_runs_are_counted_by_how_they_ended_and_why_they_began(tmp_path: P
     assert page.value("hypemand_runs_total", "web-1", outcome="skipped", trigger="schedule") == 1
     assert page.value("hypemand_runs_total", "web-1", outcome="interrupted", trigger="schedule") == 0
     assert page.value("hypemand_runs_under_way") == 1
+    assert page.value("hypemand_last_run_failed", "web-1") == 1
+    assert page.value("hypemand_last_run_lateness_seconds", "web-1") == 0
 
 
 async def test_lateness_freeze_and_capture_are_counted_in_buckets(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -92,6 +96,25 @@ async def test_clock_set_back_before_a_run_makes_no_sum_fall(tmp_path: Path, aut
     for name in ("hypemand_run_lateness_seconds", "hypemand_freeze_seconds"):
         assert after.value(f"{name}_count", "web-1") == 2
         assert (after.value(f"{name}_sum", "web-1") or 0) >= (before.value(f"{name}_sum", "web-1") or 0)
+    assert after.value("hypemand_last_run_lateness_seconds", "web-1") == 0
+
+
+async def test_clock_set_back_makes_no_age_negative(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        await trio.sleep(SOON)
+        made.clock.jump(timedelta(hours=-2))
+        page = await scrape(metrics)
+    assert page.value("hypemand_last_good_snapshot_age_seconds", "web-1") == 0
+    assert page.value("hypemand_schedule_age_seconds", "web-1") == 0
+
+
+async def test_a_success_with_something_to_tell_is_no_failure(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        made.backend.fail("list_snapshots", "web-1", BackendUnavailable("no answer"))
+        await trio.sleep(SOON)
+        assert made.schedule("web-1").last_error is not None
+        page = await scrape(metrics)
+    assert page.value("hypemand_last_run_failed", "web-1") == 0
 
 
 async def test_an_instance_that_goes_away_takes_all_its_series_along(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -125,6 +148,36 @@ async def test_a_run_that_outlives_its_schedule_brings_no_series_back(
     assert during.of("web-1") == {"hypemand_frozen_seconds", "hypemand_open_runs"}
     assert during.value("hypemand_frozen_seconds", "web-1") == 10
     assert after.of("web-1") == set()
+
+
+async def test_a_run_that_ends_without_a_schedule_is_not_counted_for_the_next_one(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        made.backend.capture_s = 20.0
+        await trio.sleep(10)
+        await made.apply()
+        await trio.sleep(30)
+        await made.apply(now_and_then())
+        page = await scrape(metrics)
+        assert made.outcomes("web-1") == ["succeeded"]
+    assert page.value("hypemand_runs_total", "web-1", outcome="succeeded", trigger="schedule") == 0
+
+
+async def test_slots_that_a_downtime_passed_over_are_counted_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    clock, backend = FakeClock(), None
+    async with metered(tmp_path, now_and_then(), clock=clock) as (made, metrics):
+        backend = made.backend
+        await trio.sleep(SOON)
+        before = await scrape(metrics)
+    await trio.sleep(5 * 3600)
+    async with metered(tmp_path, now_and_then(), clock=clock, backends=[backend], first_id=100) as (made, metrics):
+        await trio.sleep(SOON)
+        after = await scrape(metrics)
+        missed = made.history()[-1].missed
+    assert before.value("hypemand_missed_slots_total", "web-1") == 0
+    assert after.value("hypemand_missed_slots_total", "web-1") == missed == 4
+    assert after.value("hypemand_last_run_lateness_seconds", "web-1") == 4 * 3600 + SOON
 
 
 async def test_after_a_restart_gauges_are_right_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -210,6 +263,18 @@ async def test_last_good_snapshot_stays_while_a_failure_follows_and_while_the_ne
     assert failed.value("hypemand_last_good_snapshot_timestamp_seconds", "web-1") == second
 
 
+async def test_a_snapshot_counts_as_good_while_its_run_still_deletes_others(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with metered(tmp_path, now_and_then(max_count=1)) as (made, metrics):
+        await trio.sleep(SOON)
+        made.backend.fail("delete_snapshot", "*")
+        await trio.sleep(3600)
+        page = await scrape(metrics)
+    assert page.value("hypemand_runs_under_way") == 1
+    assert page.value("hypemand_last_good_snapshot_age_seconds", "web-1") == SOON
+
+
 async def test_snapshots_kept_follow_the_runs(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with metered(tmp_path, now_and_then(max_count=2)) as (_, metrics):
         kept = []
@@ -266,6 +331,41 @@ async def test_what_a_backend_can_no_longer_tell_is_missing_again(tmp_path: Path
         assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") is None
 
 
+async def test_snapshots_of_an_instance_that_comes_back_are_asked_for_anew(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        await trio.sleep(SOON)
+        await made.apply()
+        made.backend.machines[InstanceId("web-1")].snapshots.clear()
+        await trio.sleep(120)
+        await made.apply(now_and_then())
+        at_once = await scrape(metrics)
+        await trio.sleep(120)
+        asked = await scrape(metrics)
+    assert at_once.value("hypemand_snapshots_kept", "web-1") is None
+    assert asked.value("hypemand_snapshots_kept", "web-1") == 0
+
+
+async def test_no_hypervisor_is_asked_during_a_run_nor_twice_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+    names = [f"web-{number}" for number in range(8)]
+    clock = FakeClock()
+    busy, hung = FakeBackend(clock, "busy"), FakeBackend(clock, "hung")
+    busy.add("db-1")
+    hung.add(*names)
+    hung.fail("list_snapshots", "*")
+    entries = [entry(name, timedelta(days=1), backend="hung") for name in names]
+    entries.append(entry("db-1", HOUR, first_run="now", backend="busy"))
+    async with metered(tmp_path, *entries, clock=clock, backends=[busy, hung]):
+        await trio.sleep(SOON)
+        busy.capture_s = 100.0
+        await trio.sleep(3600 + 200)
+    assert not [at for at in busy.times("list_snapshots", "db-1") if 3600 <= at < 3700]
+    asked = [at for at, call, _ in hung.calls if call == "list_snapshots"]
+    assert len(asked) > 100
+    assert min(after - before for before, after in itertools.pairwise(asked)) >= 10
+
+
 async def test_a_bug_in_a_backend_stops_no_counting(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with metered(tmp_path, entry("web-1", HOUR), entry("web-2", HOUR)) as (made, metrics):
         made.backend.fail("list_snapshots", "web-1", RuntimeError("a bug"), times=1)
@@ -302,6 +402,27 @@ async def test_a_guest_that_stands_still_is_seen_while_it_does(tmp_path: Path, a
     assert after.value("hypemand_frozen_seconds", "web-1") == 0
 
 
+async def test_a_guest_that_runs_while_its_memory_is_saved_is_not_frozen(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        made.backend.complete_s = 30.0
+        await trio.sleep(20)
+        page = await scrape(metrics)
+    assert page.value("hypemand_runs_under_way") == 1
+    assert page.value("hypemand_frozen_seconds", "web-1") == 0
+
+
+async def test_an_open_run_whose_guest_was_resumed_freezes_nobody(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with metered(tmp_path, now_and_then()) as (made, metrics):
+        made.backend.fail("capture", "web-1", CaptureFailed("no space"))
+        made.backend.fail("settle", "web-1", BackendUnavailable("no answer"))
+        await trio.sleep(20)
+        page = await scrape(metrics)
+    assert page.value("hypemand_open_runs", "web-1") == 1
+    assert page.value("hypemand_frozen_seconds", "web-1") == 0
+
+
 async def test_a_guest_that_can_not_be_resumed_counts_as_frozen_until_its_run_is_settled(
     tmp_path: Path, autojump_clock: MockClock
 ) -> None:
@@ -326,23 +447,24 @@ async def test_a_guest_that_can_not_be_resumed_counts_as_frozen_until_its_run_is
     assert settled.value("hypemand_last_run_failed", "web-1") == 1
 
 
+@pytest.mark.parametrize("freezes", Freezer)
 async def test_a_run_that_a_crash_left_open_is_seen_after_the_restart(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, autojump_clock: MockClock, freezes: Freezer
 ) -> None:
-    clock, backend = FakeClock(), None
-    async with metered(tmp_path, now_and_then(), clock=clock) as (made, _):
-        backend = made.backend
-        backend.capture_s = 30.0
+    clock = FakeClock()
+    backend = FakeBackend(clock, freezes=freezes, capture_s=30.0)
+    backend.add("web-1")
+    async with metered(tmp_path, now_and_then(), clock=clock, backends=[backend]):
         await trio.sleep(5)
         log = (tmp_path / "runs.jsonl").read_bytes()
     (tmp_path / "runs.jsonl").write_bytes(log)  # as if it had been killed there
     backend.fail("settle", "web-1", BackendUnavailable("no answer"))
     async with metered(tmp_path, now_and_then(), clock=clock, backends=[backend], first_id=100) as (made, metrics):
         page = await scrape(metrics)
-        began_at = made.engine.runlog.open_runs[0].started_at
-        stood_s = (clock.now() - began_at).total_seconds()
+        stood_s = (clock.now() - made.engine.runlog.open_runs[0].started_at).total_seconds()
+    assert stood_s >= 5
     assert page.value("hypemand_open_runs", "web-1") == 1
-    assert page.value("hypemand_frozen_seconds", "web-1") == stood_s >= 5
+    assert page.value("hypemand_frozen_seconds", "web-1") == (stood_s if freezes is Freezer.ENGINE else 0)
 
 
 async def test_clock_jumps_are_counted_and_pruning_by_age_is_seen_to_wait(

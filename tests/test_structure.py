@@ -179,6 +179,7 @@ BAD: list[tuple[str, object, str, str]] = [
     *[("freeze", bad, "", f"{bad!r} must be more than zero") for bad in ("0", "0s", "-1s")],
     ("age", "-1h", "", "'-1h' must not be negative; leave max_age out for no limit by age"),
     *[("keep", bad, "", f"{bad!r} {WHOLE} 0 or more (0 is no limit by count)") for bad in (-1, 3.7, 1.0, True, "7")],
+    ("keep", 2**63, "", "must be 9223372036854775807 at most; leave it out for no limit by count"),
     *[("slots", bad, "", f"{bad!r} {WHOLE} 1 or more") for bad in (0, -1, 3.7, 1.0, True, "7")],
     ("prefix", "Nightly", "", "'Nightly' must be lower-case letters, digits and dashes, no dash at either end"),
     ("prefix", "x" * 48, "", "has 48 characters, 47 at most are allowed"),

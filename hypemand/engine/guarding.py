@@ -308,13 +308,17 @@ def _spawn(command: list[str], descriptors: Mapping[int, int]) -> int:
             os.close(descriptor)
 
 
-def settle_command(state_dir: Path, log_level: str, log_format: str) -> list[str]:
-    """The command that settles all open runs in *state_dir*, in a fresh process of this same hypemand."""
+def settle_command(state_dir: Path, log_level: str, log_format: str, config: Path) -> list[str]:
+    """The command that settles all open runs in *state_dir*, in a fresh process of this same hypemand.
+
+    Args:
+        config: The config file, which has the hooks; nothing else in it counts.
+    """
     package = Path(__file__).parents[1]
     # Behind the standard library, before whatever else is called hypemand.
     where = "next((i for i, p in enumerate(sys.path) if p.endswith('lib-dynload')), -1) + 1"
     bootstrap = (
         f"import sys; sys.path.insert({where}, {str(package.parent)!r}); from hypemand.settle import main; main()"
     )
-    options = ["--log-level", log_level, "--log-format", log_format]
+    options = ["--log-level", log_level, "--log-format", log_format, "--config", str(config.absolute())]
     return [sys.executable, "-P", "-c", bootstrap, str(state_dir.absolute()), *options]

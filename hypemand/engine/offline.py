@@ -4,13 +4,14 @@ from contextlib import suppress
 
 import structlog
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from hypemand.backends.base import BackendError
 from hypemand.config import Config
 from hypemand.core.errors import InvalidInput
-from hypemand.core.model import RunStarted
+from hypemand.core.model import RunFinished, RunStarted
 from hypemand.engine.engine import Engine, this_machine
+from hypemand.engine.events import Event, RunEnded
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.recovery import CRASHED
 from hypemand.state.codec import NewerFormatError
@@ -28,10 +29,11 @@ BESIDE_S = 5.0
 
 @frozen
 class Recovered:
-    """What came of it: a line to print, and one for each run that is still open."""
+    """What came of it: a line to print, one for each run that is still open, and the runs recorded."""
 
     summary: str
     left: tuple[str, ...]
+    ended: tuple[RunFinished, ...] = ()
 
 
 async def recover(config: Config) -> Recovered:
@@ -84,7 +86,7 @@ async def settle_held(
         background.start_soon(_give_up_after, engine, patience_s)
         newer = await _load_what_can_be(engine)
         if engine.runlog.is_open:
-            result = await _settle(engine, patience_s)
+            result = await _settle_recorded(engine, patience_s)
         else:
             result = await _settle_unrecorded(engine, log)
         await engine.close()
@@ -132,6 +134,18 @@ async def _settle_unrecorded(engine: Engine, log: LogContent) -> Recovered:
         for run in log.open_runs().values():
             nursery.start_soon(settle, run)
     return Recovered("open runs can't be recorded", tuple(left))
+
+
+async def _settle_recorded(engine: Engine, patience_s: float) -> Recovered:
+    ended: list[RunFinished] = []
+
+    def heard(event: Event) -> None:
+        if isinstance(event, RunEnded):
+            ended.append(event.run)
+
+    with engine.events.heard_by(heard):
+        result = await _settle(engine, patience_s)
+    return evolve(result, ended=tuple(ended))
 
 
 async def _settle(engine: Engine, patience_s: float) -> Recovered:

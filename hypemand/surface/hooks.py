@@ -8,7 +8,7 @@ waits for them nor, when it stops, leaves one behind.
 import os
 import signal
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -107,10 +107,12 @@ class Hooks:
 
     Args:
         config: Tells the config in force, each time that a hook is about to start.
+        grace_s: What hooks get, those under way and those that wait, when `serve` is cancelled.
     """
 
-    def __init__(self, config: Callable[[], HooksConfig]) -> None:
+    def __init__(self, config: Callable[[], HooksConfig], grace_s: float | None = None) -> None:
         self._config = config
+        self._grace_s = grace_s
         self._lanes = (
             _Lane("on_failure", lambda hooks: hooks.on_failure, has_trouble),
             _Lane("on_success", lambda hooks: hooks.on_success, lambda run: run.outcome is Outcome.SUCCEEDED),
@@ -129,7 +131,7 @@ class Hooks:
         self._start_waiting()
 
     async def serve(self) -> None:
-        """Run hooks until cancelled; then those that run or wait get `GRACE_S`, and what still runs is killed."""
+        """Run hooks until cancelled; then those that run or wait get their grace, and what still runs is killed."""
         stopping = trio.Event()
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._serve_until, stopping)
@@ -143,7 +145,7 @@ class Hooks:
             async with trio.open_nursery() as self._running:
                 self._start_waiting()
                 await stopping.wait()
-                self._life.deadline = trio.current_time() + GRACE_S
+                self._life.deadline = trio.current_time() + (GRACE_S if self._grace_s is None else self._grace_s)
         self._running = None
         for lane in self._lanes:
             if lane.waiting:
@@ -224,6 +226,16 @@ class Hooks:
         finally:
             self._left -= 1
         return "it is over"
+
+
+async def run_hooks(config: HooksConfig, runs: Iterable[RunFinished], within_s: float) -> None:
+    """Run the hooks of runs that ended where no daemon serves, and wait for them for so long."""
+    hooks = Hooks(lambda: config, within_s)
+    for run in runs:
+        hooks.heard(RunEnded(run))
+    with trio.CancelScope() as at_once:
+        at_once.cancel()
+        await hooks.serve()
 
 
 def has_trouble(run: RunFinished) -> bool:
