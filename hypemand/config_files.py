@@ -44,13 +44,8 @@ def load_config(path: Path, parse_settings: ParseSettings) -> Config:
     return parse_config(path.read_bytes(), path.absolute().parent, default_state_dir(), parse_settings)
 
 
-def guess_state_dir(data: bytes, base: Path) -> Path:
-    """The state directory that a config with problems most likely means: for showing its state nevertheless."""
-    return guess_config(data, base).state_dir
-
-
 def guess_config(data: bytes, base: Path) -> Config:
-    """What a config with problems most likely means: its state directory, and the socket of its daemon."""
+    """What a config with problems most likely means: its state and its daemon's socket, to be shown and asked."""
     raw = _readable_part(data)
     api = raw.get("api")
     state_dir, socket = default_state_dir(), None

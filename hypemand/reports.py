@@ -1,145 +1,18 @@
-"""The commands that tell: `status`, `plan`, `snapshots`, `history`. The daemon is asked; without one, its files are."""
+"""The commands that tell: `status`, `plan`, `snapshots`, `history`."""
 
 import argparse
 import sys
-from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING
 
-from attrs import field, frozen
-
-from hypemand.commands import (
-    FAILED,
-    MISUSED,
-    OK,
-    CommandError,
-    StateUnreadableError,
-    load,
-    log_trouble,
-    print_json,
-    warn,
-)
+from hypemand.asking import Answer, Asked, overview_from_files, state_from_files, tell_silence
+from hypemand.commands import FAILED, MISUSED, OK, CommandError, StateUnreadableError, print_json, warn
 
 if TYPE_CHECKING:
-    from hypemand.config import Config
     from hypemand.surface.check import Verdict
-    from hypemand.surface.client import NoAnswerError
     from hypemand.surface.documents import Document
-    from hypemand.surface.known import State
     from hypemand.surface.plan import Plan
-    from hypemand.surface.report import Overview
-
-T = TypeVar("T")
-
-
-@frozen
-class Answer(Generic[T]):
-    """An answer, and why the daemon did not give it, where it did not."""
-
-    content: T
-    silent: "NoAnswerError | None" = None
-
-
-@frozen
-class Asked:
-    """Whom a report is to be had from, and of which instance.
-
-    Attributes:
-        config: What the file has, or most likely means where it is *invalid*.
-    """
-
-    path: Path
-    config: "Config"
-    instance: str | None
-    problems: tuple[str, ...] = field(default=())
-
-    @classmethod
-    def by(cls, options: argparse.Namespace) -> "Asked":
-        """As the arguments say."""
-        from hypemand.config_files import guess_config
-
-        path, config, problems = load(options)
-        guessed = config or guess_config(path.read_bytes(), path.absolute().parent)
-        return cls(path, guessed, options.instance, tuple(f"{path}: {problem}" for problem in problems))
-
-    def ask(
-        self, document: str, read: "Callable[[Document], T]", from_files: "Callable[[Asked], Document]"
-    ) -> Answer[T]:
-        """What *read* makes of *document*, the daemon's own or one *from_files*.
-
-        Raises:
-            CommandError: Neither is to be had.
-        """
-        from hypemand.core.errors import InvalidInput
-        from hypemand.surface.client import Client, NoAnswerError, Silence, find_socket
-
-        client = Client(find_socket(self.path, self.config))
-        try:
-            told = client.get(f"/control/{document}", instance=self.instance)
-            try:
-                return Answer(read(told))
-            except (InvalidInput, LookupError, TypeError, ValueError, AttributeError) as error:
-                raise NoAnswerError(Silence.STRANGE, client.path) from error
-        except NoAnswerError as error:
-            silent = error
-        try:
-            return Answer(read(from_files(self)), silent)
-        except OSError as error:
-            raise StateUnreadableError(error, self.config.state_dir, silent) from None
-
-    def unknown(self, what: str) -> CommandError:
-        """That there is nothing of the instance."""
-        return CommandError(f"no {what} an instance {self.instance!r}; see: hypemand status")
-
-
-def _status_from_files(asked: Asked) -> "Document":
-    from hypemand.surface.documents import status_document
-
-    return status_document(_overview(asked))
-
-
-def _forecast_from_files(asked: Asked) -> "Document":
-    from hypemand.surface.documents import forecast_document
-
-    return forecast_document(_overview(asked))
-
-
-def _snapshots_from_files(asked: Asked) -> "Document":
-    from hypemand.surface.documents import snapshots_document
-
-    return snapshots_document(_overview(asked))
-
-
-def _overview(asked: Asked) -> "Overview":
-    import trio
-
-    from hypemand.surface.report import look_offline
-
-    return trio.run(look_offline, _state(asked), None if asked.problems else asked.config, asked.instance)
-
-
-def _state(asked: Asked) -> "State":
-    from hypemand.surface.known import read_state
-
-    if asked.problems:
-        warn([f"{asked.path} is invalid; this is the state in {asked.config.state_dir}"])
-    log_trouble()
-    return read_state(asked.config.state_dir)
-
-
-def _tell_silence(asked: Asked, silent: "NoAnswerError | None") -> None:
-    """That a daemon is there, but was not the one to answer."""
-    from hypemand.state.lock import lock_owner
-    from hypemand.surface.client import Silence
-
-    if silent is None:
-        return
-    owner = lock_owner(asked.config.state_dir)
-    if owner is not None and owner.role == "daemon":
-        warn([f"{owner} gives no answer over its socket; this is from its files. {silent}"])
-    elif silent.why is not Silence.ABSENT:
-        warn([f"no answer over the daemon's socket; this is from the files. {silent}"])
+    from hypemand.surface.render import Table
 
 
 def status(options: argparse.Namespace) -> int:
@@ -150,7 +23,7 @@ def status(options: argparse.Namespace) -> int:
         return _check(options)
     asked = Asked.by(options)
     answer = _status(asked)
-    _tell_silence(asked, answer.silent)
+    tell_silence(asked, answer.silent)
     if options.json:
         print_json(answer.content)
         return OK
@@ -228,7 +101,7 @@ def plan(options: argparse.Namespace) -> int:
     told, planned = answer.content
     if asked.instance is not None and not told["instances"]:
         raise asked.unknown("schedule and no backend knows")
-    _tell_silence(asked, answer.silent)
+    tell_silence(asked, answer.silent)
     warn([*asked.problems, *told["notes"], *planned.notes])
     runs = [planned_document(instance, run) for instance, run in planned.runs]
     if options.json:
@@ -257,7 +130,7 @@ def _within(text: str) -> timedelta:
 
 def snapshots(options: argparse.Namespace) -> int:
     """List the snapshots kept."""
-    from hypemand.surface.render import Table, show, snapshots_table
+    from hypemand.surface.render import show, snapshots_table
 
     asked = Asked.by(options)
 
@@ -268,7 +141,7 @@ def snapshots(options: argparse.Namespace) -> int:
     told, table = answer.content
     if asked.instance is not None and not told["instances"]:
         raise asked.unknown("schedule and no backend knows")
-    _tell_silence(asked, answer.silent)
+    tell_silence(asked, answer.silent)
     warn([*asked.problems, *told["problems"], *told["unlisted"]])
     if options.json:
         print_json(told["snapshots"])
@@ -289,13 +162,31 @@ def history(options: argparse.Namespace) -> int:
     told = answer.content
     if asked.instance is not None and not told["runs"] and not told["known"]:
         raise asked.unknown("run and no schedule of")
-    _tell_silence(asked, answer.silent)
+    tell_silence(asked, answer.silent)
     warn([*asked.problems, *told["damaged"]])
     if options.json:
         print_json(told["runs"])
     else:
         show(history_table(told["runs"]))
     return OK
+
+
+def _status_from_files(asked: Asked) -> "Document":
+    from hypemand.surface.documents import status_document
+
+    return status_document(overview_from_files(asked))
+
+
+def _forecast_from_files(asked: Asked) -> "Document":
+    from hypemand.surface.documents import forecast_document
+
+    return forecast_document(overview_from_files(asked))
+
+
+def _snapshots_from_files(asked: Asked) -> "Document":
+    from hypemand.surface.documents import snapshots_document
+
+    return snapshots_document(overview_from_files(asked))
 
 
 def _read_history(told: "Document") -> "Document":
@@ -320,6 +211,6 @@ def _history_from_files(asked: Asked) -> "Document":
     from hypemand.state.history import read_history
 
     instance = None if asked.instance is None else InstanceId(asked.instance)
-    known = instance is None or instance in _state(asked).schedules
+    known = instance is None or instance in state_from_files(asked).schedules
     history = read_history(asked.config.state_dir, Disk(), instance)
     return {"runs": [orjson.loads(line) for line in history.lines], "damaged": history.damaged, "known": known}

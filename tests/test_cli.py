@@ -6,12 +6,13 @@ import pty
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from hypemand import __version__
-from tests.processes import ALONE, Lab, Ran, command, environment, run_cli, running_daemon
+from tests.processes import ALONE, Lab, Ran, command, environment, run_cli, running_daemon, wait_until
 
 COMMANDS = {
     "run": "foreground",
@@ -537,6 +538,37 @@ async def test_beside_a_daemon_the_same_reports_and_its_pid(lab: Lab) -> None:
         assert daemon.alive
         await daemon.stop()
     assert len(lab.history()) == 1
+
+
+async def test_the_daemon_and_the_files_tell_the_same(used: Lab, tmp_path: Path) -> None:
+    lab = used.copy_to(tmp_path / "copy")
+    deaf = lab.directory / "deaf.toml"
+    deaf.write_text('api.socket = "nowhere.sock"\n' + lab.config.read_text())
+    async with running_daemon(lab.config) as daemon:
+        await wait_until((lab.state / "api.sock").exists, "it listens")
+        of_daemon = [await answers(lab.config, name) for name in REPORTS]
+        table = await on(lab, "status")
+        of_files = [await answers(deaf, name) for name in REPORTS]
+        again = await run_cli("status", "-c", deaf)
+        await daemon.stop()
+    assert of_daemon == of_files
+    assert [line.split()[:3] for line in table.stdout.splitlines()] == [
+        line.split()[:3] for line in again.stdout.splitlines()
+    ]
+    assert "gives no answer over its socket" not in table.stderr
+    assert f"daemon (pid {daemon.pid}) gives no answer over its socket; this is from its files" in again.stderr
+
+
+async def answers(config: Path, name: str) -> Any:
+    """What a report tells programs, but for what tells of the moment and of who has answered."""
+    told = (await run_cli(name, "-c", config, "--json")).json
+    if name != "status":
+        return told
+    for key in ("at", "answered_by", "lock", "socket_trouble"):
+        del told[key]
+    for view in told["instances"]:
+        del view["last_snapshot_age_s"]
+    return told
 
 
 async def test_a_broken_config_hides_no_state(used: Lab, tmp_path: Path) -> None:
