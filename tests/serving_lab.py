@@ -14,7 +14,7 @@ from attrs import frozen
 from tests.processes import ALONE, PATIENCE_S, ROOT, Lab, command, environment
 
 TOKEN = "laptop-0123456789abcdef"
-OTHER_TOKEN = "robot-0123456789abcdef"
+OTHER_TOKEN = "My API Key"  # what the documented example in Go shows, word for word
 
 
 @frozen

@@ -1,49 +1,22 @@
-"""The metrics, in virtual time: what they say of runs, freezes and snapshots, and for whom they say nothing."""
+"""The metrics, in virtual time: what they say of runs and schedules, and for whom they say nothing."""
 
-import itertools
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import httpx
-import pytest
 import trio
 from attrs import evolve
 from starlette.applications import Starlette
 from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed
-from hypemand.config import RetentionEntry, ScheduleEntry
-from hypemand.core.model import Freezer, InstanceId, InstanceState
+from hypemand.config import RetentionEntry
+from hypemand.core.model import InstanceId, InstanceState
 from hypemand.engine.requests import Requests, SetSchedule
-from hypemand.surface.metrics import Metrics
 from tests.fakes import FakeBackend, FakeClock
+from tests.metered import HOUR, SOON, metered, now_and_then
 from tests.prometheus import OPENMETRICS, Page, scrape
-from tests.world import World, entry, world
-
-HOUR = timedelta(hours=1)
-SOON = 7.0
-"""Until what begins at once is over."""
-
-
-@asynccontextmanager
-async def metered(tmp_path: Path, *entries: ScheduleEntry, **more: Any) -> AsyncIterator[tuple[World, Metrics]]:
-    """A world with metrics, as the daemon has them."""
-    async with world(tmp_path, *entries, serve=False, **more) as made:
-        metrics = Metrics(made.engine)
-        with made.engine.events.heard_by(metrics.heard):
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(made.engine.serve)
-                nursery.start_soon(metrics.keep_counting)
-                yield made, metrics
-                nursery.cancel_scope.cancel()
-
-
-def now_and_then(instance: str = "web-1", **more: Any) -> ScheduleEntry:
-    """An entry whose first run is at once, and the next in an hour."""
-    return entry(instance, HOUR, first_run="now", **more)
+from tests.world import entry
 
 
 async def test_runs_are_counted_by_how_they_ended_and_why_they_began(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -273,198 +246,6 @@ async def test_a_snapshot_counts_as_good_while_its_run_still_deletes_others(
         page = await scrape(metrics)
     assert page.value("hypemand_runs_under_way") == 1
     assert page.value("hypemand_last_good_snapshot_age_seconds", "web-1") == SOON
-
-
-async def test_snapshots_kept_follow_the_runs(tmp_path: Path, autojump_clock: MockClock) -> None:
-    async with metered(tmp_path, now_and_then(max_count=2)) as (_, metrics):
-        kept = []
-        for _ in range(4):
-            await trio.sleep(3600)
-            page = await scrape(metrics)
-            kept.append(
-                (page.value("hypemand_snapshots_kept", "web-1"), page.value("hypemand_snapshots_kept_bytes", "web-1"))
-            )
-    assert kept == [(1, 100), (2, 200), (2, 200), (2, 200)]
-    assert page.value("hypemand_snapshots_pruned_total", "web-1") == 2
-
-
-async def test_snapshots_deleted_by_hand_are_noticed_within_an_hour_or_two(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    async with metered(tmp_path, entry("web-1", timedelta(days=1), first_run="now")) as (made, metrics):
-        await trio.sleep(SOON)
-        assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") == 1
-        made.backend.machines[InstanceId("web-1")].snapshots.clear()
-        await trio.sleep(2 * 3600)
-        assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") == 0
-
-
-async def test_a_hung_hypervisor_holds_no_scrape_up_and_its_snapshots_are_unknown(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    clock = FakeClock()
-    hung, well = FakeBackend(clock, "hung"), FakeBackend(clock, "well")
-    hung.add("web-1", "web-2")
-    well.add("db-1")
-    hung.fail("list_snapshots", "*")
-    entries = [entry(name, HOUR, backend="hung") for name in ("web-1", "web-2")] + [entry("db-1", HOUR, backend="well")]
-    async with metered(tmp_path, *entries, clock=clock, backends=[hung, well]) as (_, metrics):
-        await trio.sleep(1)
-        before = trio.current_time()
-        page = await scrape(metrics)
-        assert trio.current_time() == before
-        hung.heal("list_snapshots", "*")
-        await trio.sleep(120)
-        healed = await scrape(metrics)
-    assert page.value("hypemand_snapshots_kept", "web-1") is None
-    assert page.value("hypemand_snapshots_kept_bytes", "web-2") is None
-    assert page.value("hypemand_snapshots_kept", "db-1") == 0
-    assert page.value("hypemand_next_run_seconds", "web-1") is not None
-    assert healed.value("hypemand_snapshots_kept", "web-1") == healed.value("hypemand_snapshots_kept", "web-2") == 0
-
-
-async def test_what_a_backend_can_no_longer_tell_is_missing_again(tmp_path: Path, autojump_clock: MockClock) -> None:
-    async with metered(tmp_path, entry("web-1", timedelta(days=1), first_run="now")) as (made, metrics):
-        await trio.sleep(SOON)
-        made.backend.fail("list_snapshots", "web-1", BackendUnavailable("not mounted"))
-        await trio.sleep(2 * 3600)
-        assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") is None
-
-
-async def test_snapshots_of_an_instance_that_comes_back_are_asked_for_anew(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    async with metered(tmp_path, now_and_then()) as (made, metrics):
-        await trio.sleep(SOON)
-        await made.apply()
-        made.backend.machines[InstanceId("web-1")].snapshots.clear()
-        await trio.sleep(120)
-        await made.apply(now_and_then())
-        at_once = await scrape(metrics)
-        await trio.sleep(120)
-        asked = await scrape(metrics)
-    assert at_once.value("hypemand_snapshots_kept", "web-1") is None
-    assert asked.value("hypemand_snapshots_kept", "web-1") == 0
-
-
-async def test_no_hypervisor_is_asked_during_a_run_nor_twice_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
-    names = [f"web-{number}" for number in range(8)]
-    clock = FakeClock()
-    busy, hung = FakeBackend(clock, "busy"), FakeBackend(clock, "hung")
-    busy.add("db-1")
-    hung.add(*names)
-    hung.fail("list_snapshots", "*")
-    entries = [entry(name, timedelta(days=1), backend="hung") for name in names]
-    entries.append(entry("db-1", HOUR, first_run="now", backend="busy"))
-    async with metered(tmp_path, *entries, clock=clock, backends=[busy, hung]):
-        await trio.sleep(SOON)
-        busy.capture_s = 100.0
-        await trio.sleep(3600 + 200)
-    assert not [at for at in busy.times("list_snapshots", "db-1") if 3600 <= at < 3700]
-    asked = [at for at, call, _ in hung.calls if call == "list_snapshots"]
-    assert len(asked) > 100
-    assert min(after - before for before, after in itertools.pairwise(asked)) >= 10
-
-
-async def test_a_bug_in_a_backend_stops_no_counting(tmp_path: Path, autojump_clock: MockClock) -> None:
-    async with metered(tmp_path, entry("web-1", HOUR), entry("web-2", HOUR)) as (made, metrics):
-        made.backend.fail("list_snapshots", "web-1", RuntimeError("a bug"), times=1)
-        await trio.sleep(1)
-        first = await scrape(metrics)
-        await trio.sleep(100)
-        second = await scrape(metrics)
-    assert first.value("hypemand_snapshots_kept", "web-1") is None
-    assert first.value("hypemand_snapshots_kept", "web-2") == 0
-    assert second.value("hypemand_snapshots_kept", "web-1") == 0
-
-
-async def test_an_answer_that_comes_after_a_run_has_told_better_is_dropped(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    async with metered(tmp_path, entry("web-1", HOUR)) as (made, metrics):
-        made.backend.fail("list_snapshots", "web-1", times=1)  # the question at the start gets no answer for 10 s
-        await trio.sleep(1)
-        assert await made.engine.scheduler.begin_now(made.schedule("web-1")).ended() is not None
-        await trio.sleep(20)
-        assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") == 1
-
-
-async def test_a_guest_that_stands_still_is_seen_while_it_does(tmp_path: Path, autojump_clock: MockClock) -> None:
-    async with metered(tmp_path, now_and_then(max_freeze=timedelta(minutes=1))) as (made, metrics):
-        made.backend.capture_s = 30.0
-        await trio.sleep(20)
-        during = await scrape(metrics)
-        await trio.sleep(20)
-        after = await scrape(metrics)
-    assert during.value("hypemand_frozen_seconds", "web-1") == 20
-    assert during.value("hypemand_freeze_budget_seconds", "web-1") == 60
-    assert during.value("hypemand_open_runs", "web-1") == 0
-    assert after.value("hypemand_frozen_seconds", "web-1") == 0
-
-
-async def test_a_guest_that_runs_while_its_memory_is_saved_is_not_frozen(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    async with metered(tmp_path, now_and_then()) as (made, metrics):
-        made.backend.complete_s = 30.0
-        await trio.sleep(20)
-        page = await scrape(metrics)
-    assert page.value("hypemand_runs_under_way") == 1
-    assert page.value("hypemand_frozen_seconds", "web-1") == 0
-
-
-async def test_an_open_run_whose_guest_was_resumed_freezes_nobody(tmp_path: Path, autojump_clock: MockClock) -> None:
-    async with metered(tmp_path, now_and_then()) as (made, metrics):
-        made.backend.fail("capture", "web-1", CaptureFailed("no space"))
-        made.backend.fail("settle", "web-1", BackendUnavailable("no answer"))
-        await trio.sleep(20)
-        page = await scrape(metrics)
-    assert page.value("hypemand_open_runs", "web-1") == 1
-    assert page.value("hypemand_frozen_seconds", "web-1") == 0
-
-
-async def test_a_guest_that_can_not_be_resumed_counts_as_frozen_until_its_run_is_settled(
-    tmp_path: Path, autojump_clock: MockClock
-) -> None:
-    async with metered(tmp_path, now_and_then(max_freeze=timedelta(minutes=1))) as (made, metrics):
-        for call in ("resume", "settle"):
-            made.backend.fail(call, "web-1", BackendUnavailable("no answer"))
-        await trio.sleep(300)
-        tried = await scrape(metrics)
-        await trio.sleep(600)
-        left = await scrape(metrics)
-        for call in ("resume", "settle"):
-            made.backend.heal(call, "web-1")
-        await trio.sleep(60)
-        settled = await scrape(metrics)
-    assert tried.value("hypemand_frozen_seconds", "web-1") == 300
-    assert tried.value("hypemand_open_runs", "web-1") == 0
-    assert left.value("hypemand_frozen_seconds", "web-1") == 900
-    assert left.value("hypemand_open_runs", "web-1") == 1
-    assert left.value("hypemand_last_run_failed", "web-1") == 1
-    assert settled.value("hypemand_frozen_seconds", "web-1") == settled.value("hypemand_open_runs", "web-1") == 0
-    assert settled.value("hypemand_runs_total", "web-1", outcome="interrupted", trigger="schedule") == 1
-    assert settled.value("hypemand_last_run_failed", "web-1") == 1
-
-
-@pytest.mark.parametrize("freezes", Freezer)
-async def test_a_run_that_a_crash_left_open_is_seen_after_the_restart(
-    tmp_path: Path, autojump_clock: MockClock, freezes: Freezer
-) -> None:
-    clock = FakeClock()
-    backend = FakeBackend(clock, freezes=freezes, capture_s=30.0)
-    backend.add("web-1")
-    async with metered(tmp_path, now_and_then(), clock=clock, backends=[backend]):
-        await trio.sleep(5)
-        log = (tmp_path / "runs.jsonl").read_bytes()
-    (tmp_path / "runs.jsonl").write_bytes(log)  # as if it had been killed there
-    backend.fail("settle", "web-1", BackendUnavailable("no answer"))
-    async with metered(tmp_path, now_and_then(), clock=clock, backends=[backend], first_id=100) as (made, metrics):
-        page = await scrape(metrics)
-        stood_s = (clock.now() - made.engine.runlog.open_runs[0].started_at).total_seconds()
-    assert stood_s >= 5
-    assert page.value("hypemand_open_runs", "web-1") == 1
-    assert page.value("hypemand_frozen_seconds", "web-1") == (stood_s if freezes is Freezer.ENGINE else 0)
 
 
 async def test_clock_jumps_are_counted_and_pruning_by_age_is_seen_to_wait(

@@ -17,7 +17,7 @@ from attrs import define, field
 from hypeman.types import SnapshotSchedule
 from hypeman.types.snapshot_schedule_retention import SnapshotScheduleRetention
 
-from tests.serving_lab import TOKEN, ServingLab, serving_lab
+from tests.serving_lab import OTHER_TOKEN, TOKEN, ServingLab, serving_lab
 
 MANAGED = """
 [[schedules]]
@@ -209,7 +209,7 @@ Host: localhost:8080
 User-Agent: Hypeman/Go 0.28.0
 Content-Length: %d
 Accept: application/json
-Authorization: Bearer {TOKEN}
+Authorization: Bearer {OTHER_TOKEN}
 Content-Type: application/json
 X-Stainless-Arch: x64
 X-Stainless-Lang: go

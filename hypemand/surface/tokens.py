@@ -14,10 +14,10 @@ from attrs import field, frozen
 from hypemand.core.errors import InvalidInput, Problem
 from hypemand.surface.api import LOCAL_CLIENT
 
-SHORTEST = 16
+SHORTEST = 8
 MOST_BYTES = 1024**2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_TOKEN = re.compile(r"[!-~]*")
+_TOKEN = re.compile(r"[!-~][ -~]*")  # spaces, too: "My API Key" is what Hypeman's documents show
 
 
 @frozen
@@ -96,7 +96,7 @@ def _check_line(name: str, colon: str, token: str) -> None:
     if len(token) < SHORTEST:
         raise ValueError(f'the token, after ":", must have {SHORTEST} characters or more; try: openssl rand -hex 32')
     if not _TOKEN.fullmatch(token):
-        raise ValueError("the token must be of visible ASCII characters, without spaces")
+        raise ValueError("the token must be of visible ASCII characters and spaces")
 
 
 def _check_new(first: int, number: int, what: str) -> None:
