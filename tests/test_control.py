@@ -420,6 +420,16 @@ def test_nobody_there_is_told_apart_from_somebody_who_does_not_answer(tmp_path: 
         assert error.value.why is Silence.ABSENT
 
 
+def test_who_may_not_open_the_socket_is_told_who_may(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(clients, "short_path", refuse)
+    with pytest.raises(NoAnswerError, match="owner and group") as error:
+        Client(tmp_path / "s").get("/control/status")
+    assert error.value.why is Silence.FORBIDDEN
+
+
 def test_a_refused_run_is_told_in_the_daemons_words(tmp_path: Path) -> None:
     refusal = answered(b'{"code": "conflict", "message": "busy"}', "409 Conflict")
     with listening(tmp_path / "s", HEALTHY, refusal) as client, pytest.raises(RefusedError, match="busy") as error:

@@ -32,7 +32,7 @@ class Silence(Enum):
     """Why a daemon gave no answer."""
 
     ABSENT = "nobody listens there"
-    FORBIDDEN = "permission denied"
+    FORBIDDEN = "permission denied: it is for its owner and group"
     HUNG = "no answer in time"
     STRANGE = "an answer that this version does not know"
 

@@ -128,7 +128,7 @@ def _status_row(view: Told, now: datetime) -> list[str]:
         _next_run(view, now),
         _last_run(view, now),
         last["name"] if last else "-",
-        ago(_at(last["created_at"]), now).removesuffix(" ago") if last else "-",
+        ago(_at(view["last_good_at"]), now).removesuffix(" ago"),
         "?" if kept is None else str(kept),
         "?" if size is None else format_size(size),
         seconds_short(run["freeze_s"] if run else None),
