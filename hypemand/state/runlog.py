@@ -78,7 +78,7 @@ def read_log(state_dir: Path, disk: Disk) -> LogContent:
         except FileNotFoundError:
             continue
         if path.suffix == ".jsonl":
-            whole = _whole_length(data)
+            whole = whole_length(data)
             content.torn_bytes = len(data) - whole
             data = data[:whole]
         for number, raw in enumerate(data.splitlines(), start=1):
@@ -99,7 +99,7 @@ def _read_line(raw: bytes, where: str, content: LogContent, started: set[str]) -
     content.lines.append(line)
 
 
-def _whole_length(data: bytes) -> int:
+def whole_length(data: bytes) -> int:
     """Bytes of *data* up to the end of its last line that is JSON; what follows is what a crash left of a write."""
     end = data.rfind(b"\n") + 1
     while end:
@@ -137,6 +137,7 @@ class RunLog:
         self._batch = _Batch()
         self._turn = trio.Lock()
         self._open: dict[str, RunStarted] = {}
+        self.damaged: tuple[str, ...] = ()  # where a line could not be read when it was opened, and why
 
     @property
     def is_open(self) -> bool:
@@ -155,7 +156,7 @@ class RunLog:
     async def open(self) -> LogContent:
         """Read the log, cut a torn end, and make it ready for appends."""
         content = await self._disk.call(self._open_blocking)
-        self._open = content.open_runs()
+        self._open, self.damaged = content.open_runs(), tuple(content.damaged)
         if content.torn_bytes:
             _log.warning("torn end of the run log cut", path=str(self._path), bytes=content.torn_bytes)
         for place in content.damaged:
