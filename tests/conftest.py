@@ -26,6 +26,9 @@ LONG = (
 )
 """Tests of more than a quarter of a minute, the longest first."""
 
+ONE_AT_A_TIME = ("test_qemu_faults.py",)
+"""Files whose tests would disturb each other: all of them keep the disk busy, and look whether others are on time."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long ones: at the end one alone would keep the others' processors idle."""
@@ -33,6 +36,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item: next((rank for rank, name in enumerate(LONG) if item.name.startswith(name)), len(LONG)) for item in items
     }
     items.sort(key=ranks.__getitem__)
+    for item in items:
+        if item.path.name in ONE_AT_A_TIME:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(autouse=True)

@@ -379,7 +379,7 @@ instances = {{ {tables} }}
 
     def copy_to(self, directory: Path) -> "Lab":
         """All of it, at another place."""
-        shutil.copytree(self.directory, directory)
+        shutil.copytree(self.directory, directory, ignore=shutil.ignore_patterns("*.sock"))
         return Lab(directory)
 
 

@@ -192,6 +192,7 @@ async def test_a_guest_that_cannot_be_looked_at_ends_no_campaign(
         raise BackendUnavailable("its QEMU has ended")
 
     monkeypatch.setattr(EmbeddedGround, "state", gone)
+    site.patience_s = 60.0
     campaign = Campaign(7, tmp_path, lambda line: None)
     left = [Kill("publish", Phase.AFTER), Kill("record", Phase.AFTER)]
     await campaign.use(site, left)
