@@ -72,12 +72,19 @@ class GoneWatch:
             return
         if now - schedule.gone_since_at < CERTAIN_AFTER:
             return
-        if await self._existed_since(backend, schedule, now):
-            await self._recorder.put(evolve(schedule, gone_since_at=now))
+        existed = await self._existed_since(backend, schedule, now)
+        current = self._store.schedules.get(instance)
+        if current is None or current.gone_since_at != schedule.gone_since_at:
+            return  # a client was told meanwhile that there is such an instance, or took its schedule out
+        if existed:
+            await self._recorder.put(evolve(current, gone_since_at=now))
             return
-        await self._pruner.prune(backend, schedule, protected=(), result=result)
-        if not result.errors and outlived(result.left, schedule.retention):
-            await self._end(schedule)
+        await self._pruner.prune(backend, current, protected=(), result=result)
+        left = self._store.schedules.get(instance)
+        if left is None or left.gone_since_at != schedule.gone_since_at:
+            return
+        if not result.errors and outlived(result.left, left.retention):
+            await self._end(left)
 
     async def _existed_since(self, backend: Backend, schedule: Schedule, now: datetime) -> bool:
         """Whether a snapshot was made of the instance after it is said to have gone: a clock was wrong then."""
