@@ -72,19 +72,28 @@ class GoneWatch:
             return
         if now - schedule.gone_since_at < CERTAIN_AFTER:
             return
+        await self._prune_and_end(backend, schedule, now, result)
+
+    async def _prune_and_end(self, backend: Backend, schedule: Schedule, now: datetime, result: PruneResult) -> None:
+        """Do what is due, unless a client changes that meanwhile: to ask the hypervisor takes its time."""
         existed = await self._existed_since(backend, schedule, now)
-        current = self._store.schedules.get(instance)
-        if current is None or current.gone_since_at != schedule.gone_since_at:
-            return  # a client was told meanwhile that there is such an instance, or took its schedule out
+        current = self._still_gone(schedule)
+        if current is None:
+            return
         if existed:
             await self._recorder.put(evolve(current, gone_since_at=now))
             return
         await self._pruner.prune(backend, current, protected=(), result=result)
-        left = self._store.schedules.get(instance)
-        if left is None or left.gone_since_at != schedule.gone_since_at:
-            return
-        if not result.errors and outlived(result.left, left.retention):
-            await self._end(left)
+        current = self._still_gone(schedule)
+        if current is not None and not result.errors and outlived(result.left, current.retention):
+            await self._end(current)
+
+    def _still_gone(self, schedule: Schedule) -> Schedule | None:
+        """*schedule* as it is now; None where it was taken out, or its instance is known to be there."""
+        current = self._store.schedules.get(schedule.instance_id)
+        if current is None or current.gone_since_at != schedule.gone_since_at:
+            return None
+        return current
 
     async def _existed_since(self, backend: Backend, schedule: Schedule, now: datetime) -> bool:
         """Whether a snapshot was made of the instance after it is said to have gone: a clock was wrong then."""
