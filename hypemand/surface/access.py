@@ -5,7 +5,7 @@ from pathlib import Path
 
 import structlog
 import trio
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from hypemand.config import ApiConfig
 from hypemand.core.errors import InvalidInput, Problem
@@ -74,6 +74,10 @@ class CurrentAccess:
                 _log.error(f"invalid tokens or TLS; {before}", error=str(problem))
             return
         if self.access is not None:
+            if access.tls is None and self.access.tls is not None:
+                # What listens may be reached from anywhere: tokens that come there are not to be sent in the clear.
+                _log.warning("TCP without TLS takes a restart; until then it is encrypted as before")
+                access = evolve(access, tls=self.access.tls)
             self.access = access
             _log.info("tokens in force", clients=list(access.tokens.clients), tls=access.tls is not None)
 
