@@ -39,6 +39,8 @@ def read_access(api: ApiConfig) -> Access:
         tokens = _tokens(api.tokens_file or credential())
     except InvalidInput as error:
         problems += [problem.under("api.tokens_file") for problem in error.problems]
+    except OSError as error:
+        problems.append(Problem("api.tokens_file", f"can't be read: {error.strerror}"))
     try:
         tls = _tls(api.tls_cert, api.tls_key)
     except InvalidInput as error:
@@ -107,6 +109,8 @@ def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
         raise InvalidInput([Problem("tls_key", f"{key} is encrypted: write it without a passphrase")]) from None
     except ssl.SSLError as error:
         raise InvalidInput([_blamed(cert, key, error)]) from None
+    except OSError as error:  # taken away a moment ago, as it is being renewed
+        raise InvalidInput([Problem("tls_cert", f"{cert} or its key can't be read: {error.strerror}")]) from None
     return context
 
 
