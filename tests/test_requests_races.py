@@ -16,7 +16,7 @@ from trio.testing import MockClock
 from hypemand.backends.base import InstanceNotFound
 from hypemand.config import RetentionEntry, ScheduleEntry
 from hypemand.core.model import InstanceId, ManagedBy, Snapshot
-from hypemand.engine.requests import Requests, SetSchedule, UnavailableError
+from hypemand.engine.requests import MOST_WAITING, Requests, SetSchedule, UnavailableError
 from tests.disks import FaultyDisk, InlineDisk, LateDisk
 from tests.fakes import FakeBackend, FakeClock
 from tests.world import World, entry, world
@@ -226,6 +226,29 @@ async def test_an_update_of_a_schedule_without_a_backend_is_taken_while_the_only
         await made.engine.store.put(evolve(before, backend=None))  # as Hypeman writes it
         made.backend.unavailable = True
         assert (await requests.put(WEB, wanted(max_count=9), "me")).retention.max_count == 9
+
+
+async def test_changes_that_wait_for_a_hung_hypervisor_do_not_pile_up(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    refused: list[UnavailableError] = []
+    async with asked(tmp_path) as (made, requests):
+        await requests.put(WEB, wanted(), "me")
+        made.backend.fail("state", "web-1")
+
+        async def put() -> None:
+            try:
+                await requests.put(WEB, wanted(2 * HOUR), "me")
+            except UnavailableError as error:
+                refused.append(error)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(100):
+                nursery.start_soon(put)
+        assert len(refused) == 100 - 1 - MOST_WAITING
+        assert "too many wait" in str(refused[0])
+        assert requests.get(WEB).interval == 2 * HOUR
+        assert requests._turns == {}
 
 
 def fail_to_remove(path: Path) -> None:

@@ -21,6 +21,8 @@ from hypemand.engine.scheduler import BusyError, RunUnderWay, StoppingError
 
 ASK_S = 5.0
 """How long a backend is waited for that is asked whether it knows an instance."""
+MOST_WAITING = 64
+"""So many changes of one schedule wait for their turn."""
 _log = structlog.get_logger()
 
 
@@ -196,6 +198,8 @@ class Requests:
     @asynccontextmanager
     async def _turn(self, instance: InstanceId) -> AsyncIterator[None]:
         lock = self._turns.setdefault(instance, trio.Lock())
+        if lock.statistics().tasks_waiting >= MOST_WAITING:  # they go on when their clients have left
+            raise UnavailableError(f"too many wait to change the schedule of {instance!r}")
         try:
             async with lock:
                 yield
