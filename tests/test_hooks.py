@@ -381,11 +381,14 @@ async def test_a_burst_runs_a_few_at_once_and_drops_the_oldest_with_a_word(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hooks, "MOST_WAITING", 6)
-    site.configure("echo $HYPEMAND_INSTANCE_ID >> called; echo + >> level; sleep 0.2; echo - >> level")
+    wait = "while [ ! -e go ]; do sleep 0.02; done"
+    site.configure(f"echo $HYPEMAND_INSTANCE_ID >> called; echo + >> level; {wait}; echo - >> level")
     async with served(site):
         before = descriptors()
         site.tell(*[ended(instance=f"web-{number}") for number in range(1000)])
         assert descriptors() < before + 100
+        await site.wrote("level", lines=hooks.AT_ONCE)
+        (site.directory / "go").touch()
         await site.heard("hook done", times=hooks.AT_ONCE + 6)
     expected = [*range(hooks.AT_ONCE), *range(994, 1000)]
     assert sorted(site.read("called")) == sorted(f"web-{number}" for number in expected)
