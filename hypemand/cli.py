@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from hypemand import __version__, commands
+from hypemand import __version__, commands, reports
 from hypemand.commands import FAILED, OK, CommandError
 
 _ABOUT = """\
@@ -22,13 +22,20 @@ To begin: copy config.example.toml, then run
   hypemand check-config -c FILE     what is wrong with it, all of it
   hypemand run -c FILE              the daemon, in the foreground
   hypemand status -c FILE           what it does, and what it did
+  hypemand run-now -c FILE INSTANCE a snapshot at once
+
+With a daemon running, status, plan, snapshots, history and recover ask it
+over its socket ([api] socket): its owner and group may, without access to the
+state. Without one they work from the files and the hypervisors; run-now needs
+the daemon. `status --check` is for monitoring.
 
 The config is found at --config, $HYPEMAND_CONFIG, /etc/hypemand/config.toml,
 or ~/.config/hypemand/config.toml. Send the daemon SIGHUP to have edits taken
 up at once; otherwise that takes a few seconds. SIGTERM or SIGINT ends it.
 
 exit status: 0 done; 1 failed; 2 wrong arguments; 75 another daemon holds the
-state; 78 bad config, or the state of a newer hypemand
+state; 78 bad config, or the state of a newer hypemand; `status --check` has
+0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN
 """
 
 
@@ -100,20 +107,52 @@ def _parser() -> argparse.ArgumentParser:
 
     add("run", commands.run, "run the daemon in the foreground", "The log goes to stderr.")
     check = add("check-config", commands.check_config, "check the config and its backends, and list every problem")
-    status = add("status", commands.status, "show each instance: state, next and last run, snapshots kept, errors")
-    plan = add("plan", commands.plan, "show what will run and what will be pruned, and why")
-    snapshots = add("snapshots", commands.snapshots, "list the scheduled snapshots that are kept")
-    history = add("history", commands.history, "list the runs, newest last")
+    status = add(
+        "status",
+        reports.status,
+        "show each instance: state, next and last run, snapshots kept, errors",
+        "FREEZE is how long the guest stood still in the last run, LONGEST the record against its budget. Instances"
+        " that no schedule covers are shown as uncovered. Says when the daemon is down, and answers all the same.",
+    )
+    plan = add(
+        "plan",
+        reports.plan,
+        "show what will run and what will be pruned, and why",
+        "Worked out from the schedules and snapshots as they are now, as if every run succeeded.",
+    )
+    snapshots = add(
+        "snapshots",
+        reports.snapshots,
+        "list the scheduled snapshots that are kept",
+        "With --json, each has the commands that bring it back.",
+    )
+    history = add("history", reports.history, "list the runs, newest last", "Those by run-now are marked as manual.")
+    run_now = add(
+        "run-now",
+        commands.run_now,
+        "have a snapshot taken at once, by the running daemon, and wait for it",
+        "Tells of each step on stderr, and ends with the snapshot's id on stdout. Retention prunes after it as after"
+        " any other run; the schedule's next run stays where it is. Ctrl-C leaves the run going. Exit status: 0"
+        " taken, 1 failed or refused.",
+    )
+    run_now.add_argument("instance", metavar="INSTANCE", help="an instance with a schedule")
+    run_now.add_argument("--json", action="store_true", help="the run's line of the history on stdout, for programs")
     add(
         "recover",
         commands.recover,
         "settle runs that a crash left open, so that every guest runs",
-        "Beside a living daemon there is nothing to do: it settles them itself.",
+        "Beside a living daemon it has that one try again at once, and waits a few seconds.",
     )
     for sub in (check, status, plan, snapshots, history):
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
     for sub in (status, plan, snapshots, history):
         sub.add_argument("instance", nargs="?", metavar="INSTANCE", help="this instance alone")
+    status.add_argument(
+        "--check",
+        action="store_true",
+        help="one line for monitoring: no good snapshot for two intervals, failing runs, frozen guests, a daemon"
+        " that is down are critical; exit status 0 OK, 1 WARNING, 2 CRITICAL, 3 UNKNOWN",
+    )
     plan.add_argument(
         "--for", dest="within", default="24h", metavar="DURATION", help="how far to look ahead, like 12h or 168h (24h)"
     )

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hypemand.config import Config
     from hypemand.core.errors import Problem
-    from hypemand.surface.report import Overview, State
+    from hypemand.surface.client import NoAnswerError
+    from hypemand.surface.run_progress import Progress
 
 OK, FAILED, MISUSED, LOCKED, BAD_CONFIG = 0, 1, 2, os.EX_TEMPFAIL, os.EX_CONFIG
 
@@ -27,7 +28,20 @@ class CommandError(Exception):
         super().__init__(message)
 
 
-def _load(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem]]":
+class StateUnreadableError(CommandError):
+    """The state can't be read. *silent*: nor does a daemon answer."""
+
+    def __init__(self, error: OSError, state_dir: Path, silent: "NoAnswerError | None" = None) -> None:
+        self.silent = silent
+        self.forbidden = isinstance(error, PermissionError)
+        hint = (
+            "run this as the user that the daemon runs as" if self.forbidden else f"is {state_dir} the right state_dir?"
+        )
+        nor = f"; nor does the daemon answer: {silent}" if silent else ""
+        super().__init__(f"state can't be read: {error.filename or state_dir}: {error.strerror}; {hint}{nor}")
+
+
+def load(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem]]":
     """The config file, its content if it is valid, and its problems."""
     from hypemand.backends.registry import parse_settings
     from hypemand.config_files import find_config, load_config
@@ -63,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     from hypemand.engine.reload import file_version
 
     version = file_version(find_config(options.config))  # before it is read: what is edited after counts as edited
-    path, config, problems = _load(options)
+    path, config, problems = load(options)
     if config is None:
         return _tell_problems(path, problems)
     import trio
@@ -107,8 +121,8 @@ def _first(errors: BaseException) -> BaseException:
 
 def check_config(options: argparse.Namespace) -> int:
     """Check the config and its backends."""
-    path, config, problems = _load(options)
-    _log_trouble()
+    path, config, problems = load(options)
+    log_trouble()
     warnings: list[str] = []
     if config is not None:
         import trio
@@ -119,7 +133,7 @@ def check_config(options: argparse.Namespace) -> int:
         found = trio.run(check_backends, config)
         problems, warnings = found.problems, [*config_warnings(config), *found.warnings]
     if options.json:
-        _print_json(
+        print_json(
             {
                 "config": str(path),
                 "problems": [{"path": p.path, "message": p.message} for p in problems],
@@ -135,31 +149,7 @@ def check_config(options: argparse.Namespace) -> int:
     return OK
 
 
-def _state(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Problem], State]":
-    from hypemand.config_files import guess_state_dir
-    from hypemand.surface.report import read_state
-
-    path, config, problems = _load(options)
-    state_dir = config.state_dir if config else guess_state_dir(path.read_bytes(), path.absolute().parent)
-    if config is None:
-        _warn([f"{path} is invalid; this is the state in {state_dir}"])
-    _log_trouble()
-    try:
-        return path, config, problems, read_state(state_dir)
-    except OSError as error:
-        raise _state_unreadable(error, state_dir) from None
-
-
-def _state_unreadable(error: OSError, state_dir: Path) -> CommandError:
-    hint = (
-        "run this as the user that the daemon runs as"
-        if isinstance(error, PermissionError)
-        else f"is {state_dir} the right state_dir?"
-    )
-    return CommandError(f"state can't be read: {error.filename or state_dir}: {error.strerror}; {hint}")
-
-
-def _log_trouble() -> None:
+def log_trouble() -> None:
     """Have what is wrong told on stderr: stdout is for the report."""
     from hypemand.config import LogConfig, LogFormat, LogLevel
     from hypemand.surface.log import set_up_log
@@ -167,108 +157,55 @@ def _log_trouble() -> None:
     set_up_log(LogConfig(LogLevel.WARNING, LogFormat.CONSOLE))
 
 
-def _look(options: argparse.Namespace) -> "tuple[Overview, list[str]]":
-    """Everything about the instances, and the config's problems."""
-    import trio
+def run_now(options: argparse.Namespace) -> int:
+    """Have the daemon do a run at once, and tell of it as it goes on."""
+    from hypemand.surface.run_progress import Progress
 
-    from hypemand.surface.report import look_offline
-
-    path, config, problems, state = _state(options)
-    overview = trio.run(look_offline, state, config, options.instance)
-    if options.instance is not None and not overview.instances:
-        raise CommandError(f"no schedule and no backend knows an instance {options.instance!r}; see: hypemand status")
-    return overview, [f"{path}: {problem}" for problem in problems]
-
-
-def status(options: argparse.Namespace) -> int:
-    """Show each instance."""
-    from hypemand.engine.clock import SystemClock
-    from hypemand.surface.documents import overview_document
-    from hypemand.surface.render import show, status_notes, status_table
-
-    overview, config_problems = _look(options)
-    now = SystemClock().now()
-    if options.json:
-        _print_json(overview_document(overview, config_problems, now))
-        return OK
-    show(status_table(overview, now))
-    for note in status_notes(overview, config_problems):
-        print(note, file=sys.stderr)
-    return OK
-
-
-def plan(options: argparse.Namespace) -> int:
-    """Show what will run and be pruned."""
-    from datetime import timedelta
-
-    from hypemand.core.duration import parse_duration
-    from hypemand.core.errors import RuleBroken
-    from hypemand.engine.clock import SystemClock
-    from hypemand.surface.documents import planned_document
-    from hypemand.surface.plan import MOST_RUNS, plan_runs
-    from hypemand.surface.render import MOST_ROWS, plan_table, show
-
+    progress = Progress(options.instance)
     try:
-        within = parse_duration(options.within)
-    except RuleBroken as error:
-        raise CommandError(f"--for {error}", MISUSED) from None
-    if within <= timedelta(0):
-        raise CommandError(f"--for {options.within!r} must be more than zero", MISUSED)
-    overview, config_problems = _look(options)
-    planned = plan_runs(overview, now=SystemClock().now(), within=within)
-    cut = [f"only the next {MOST_RUNS} runs of {instance} are shown" for instance in planned.cut]
-    _warn([*config_problems, *overview.problems, *overview.warnings, *cut])
+        _follow_run(options, progress)
+    except KeyboardInterrupt:
+        warn([progress.left_alone])
+        raise
+    run = progress.run
+    if run is None:
+        raise CommandError(progress.no_end)
     if options.json:
-        _print_json([planned_document(instance, run) for instance, run in planned.runs])
-        return OK
-    table = plan_table(planned.runs)
-    more = len(table.rows) - MOST_ROWS if sys.stdout.isatty() else 0
-    show(table.head(MOST_ROWS) if more > 0 else table)
-    if more > 0:
-        _warn([f"{more} rows more; --for shows fewer, --json all"])
+        print_json(run)
+    elif run["snapshot_id"]:
+        print(run["snapshot_id"])
+    if run["outcome"] != "succeeded":
+        raise CommandError(f"{options.instance}: the run {run['outcome']}: {run['error']}")
     return OK
 
 
-def snapshots(options: argparse.Namespace) -> int:
-    """List the snapshots kept."""
-    from hypemand.engine.clock import SystemClock
-    from hypemand.surface.documents import snapshot_document
-    from hypemand.surface.render import show, snapshots_table
+def _follow_run(options: argparse.Namespace, progress: "Progress") -> None:
+    from hypemand.config_files import guess_config
+    from hypemand.surface.client import Client, NoAnswerError, RefusedError, find_socket
 
-    overview, config_problems = _look(options)
-    unknown = [
-        f"{v.instance_id}: snapshots can't be listed: {v.trouble}" for v in overview.instances if v.snapshots is None
-    ]
-    _warn([*config_problems, *overview.problems, *unknown])
-    listed = [snapshot for view in overview.instances for snapshot in (*(view.snapshots or ()), *view.future)]
-    if options.json:
-        _print_json([snapshot_document(snapshot) for snapshot in listed])
-    else:
-        show(snapshots_table(listed, SystemClock().now()))
-        if options.instance and any(snapshot.restore for snapshot in listed) and sys.stderr.isatty():
-            _warn([f"the way back to each of them: hypemand snapshots {options.instance} --json"])
-    return FAILED if unknown and options.instance else OK
+    path, config, problems = load(options)
+    warn(f"{path}: {problem}" for problem in problems)
+    client = Client(find_socket(path, config or guess_config(path.read_bytes(), path.absolute().parent)))
+    try:
+        for told in client.run_now(options.instance):
+            for line in progress.take(told):
+                print(line, file=sys.stderr, flush=True)
+    except RefusedError as error:
+        raise CommandError(f"{options.instance}: {error}") from None
+    except NoAnswerError as error:
+        raise CommandError(progress.cut_short(error) or _no_daemon(error, path)) from None
 
 
-def history(options: argparse.Namespace) -> int:
-    """List the runs."""
-    from hypemand.surface.documents import run_document
-    from hypemand.surface.render import history_table, show
+def _no_daemon(error: "NoAnswerError", config_path: Path) -> str:
+    from hypemand.surface.client import Silence
 
-    path, _, problems, state = _state(options)
-    runs = state.log.finished(options.instance)
-    if options.instance and not runs and options.instance not in state.schedules:
-        raise CommandError(f"no run and no schedule of an instance {options.instance!r}; see: hypemand status")
-    _warn([*(f"{path}: {problem}" for problem in problems), *state.log.damaged])
-    if options.json:
-        _print_json([run_document(run) for run in runs])
-    else:
-        show(history_table(runs))
-    return OK
+    if error.why is Silence.ABSENT:
+        return f"run-now needs a running daemon; start it: hypemand run -c {config_path} ({error})"
+    return f"the daemon can't be asked: {error}"
 
 
 def recover(options: argparse.Namespace) -> int:
-    """Settle open runs."""
+    """Settle open runs, or have a daemon do it."""
     import trio
 
     from hypemand.engine.offline import recover
@@ -276,7 +213,10 @@ def recover(options: argparse.Namespace) -> int:
     from hypemand.surface.hooks import run_hooks
     from hypemand.surface.log import set_up_log
 
-    config = _config_or_state_dir(options)
+    config_path, config = _config_or_guess(options)
+    asked = _ask_to_recover(config_path, config)
+    if asked is not None:
+        return asked
     set_up_log(config.log)
     trouble, result = None, None
     try:
@@ -286,42 +226,64 @@ def recover(options: argparse.Namespace) -> int:
     except* OSError as errors:
         error = _first(errors)
         assert isinstance(error, OSError)
-        trouble = _state_unreadable(error, config.state_dir)
+        trouble = StateUnreadableError(error, config.state_dir)
     if trouble is not None:
         raise trouble  # raised in there, it would come out in a group
     assert result is not None
     trio.run(run_hooks, config.hooks, result.ended, config.hooks.timeout.total_seconds())
-    for line in result.left:
-        print(f"hypemand: still open: {line}", file=sys.stderr)
-    print(result.summary)
-    return FAILED if result.left else OK
+    return _tell_recovered(result.summary, result.left)
 
 
-def _config_or_state_dir(options: argparse.Namespace) -> "Config":
-    """The config, or at least a state directory: guests may be frozen, and the run log has all that is needed."""
-    from hypemand.config import Config
-    from hypemand.config_files import default_state_dir, guess_state_dir
+def _ask_to_recover(config_path: Path, config: "Config") -> int | None:
+    """Have the daemon settle what is open; None where none can be asked."""
+    from hypemand.surface.client import Client, NoAnswerError, find_socket
 
     try:
-        path, config, problems = _load(options)
+        told = Client(find_socket(config_path, config)).post("/control/recover")
+        under_way, left, pid = told["under_way"], told["left"], told["pid"]
+    except (NoAnswerError, KeyError):
+        return None
+    going_on = f"; under way there: {', '.join(under_way)}" if under_way else ""
+    return _tell_recovered(f"left to hypemand daemon (pid {pid}), which settles open runs itself{going_on}", left)
+
+
+def _tell_recovered(summary: str, left: Iterable[str]) -> int:
+    left = list(left)
+    for line in left:
+        print(f"hypemand: still open: {line}", file=sys.stderr)
+    print(summary)
+    return FAILED if left else OK
+
+
+def _config_or_guess(options: argparse.Namespace) -> "tuple[Path, Config]":
+    """The config, or at least where state lives: guests may be frozen, and the run log has all that is needed."""
+    from hypemand.config import Config
+    from hypemand.config_files import default_state_dir, find_config, guess_config
+
+    try:
+        path, config, problems = load(options)
     except CommandError as error:
         state_dir = default_state_dir()
         if not state_dir.exists() and (options.config or os.environ.get("HYPEMAND_CONFIG")):
             raise  # "nothing to recover" would be said of another state than the one that was meant
-        _warn([f"{error}; going on with the state in {state_dir}"])
-        return Config(state_dir)
+        warn([f"{error}; going on with the state in {state_dir}"])
+        return find_config(options.config), Config(state_dir)
     if config is not None:
-        return config
+        return path, config
     _tell_problems(path, problems)
-    return Config(guess_state_dir(path.read_bytes(), path.absolute().parent))
+    return path, guess_config(path.read_bytes(), path.absolute().parent)
 
 
-def _warn(lines: Iterable[str]) -> None:
+def warn(lines: Iterable[str]) -> None:
+    """Tell *lines* on stderr."""
     for line in lines:
         print(f"hypemand: {line}", file=sys.stderr)
 
 
-def _print_json(document: Any) -> None:
+def print_json(document: Any) -> None:
+    """*document* on stdout, for programs."""
     import orjson
 
-    print(orjson.dumps(document, option=orjson.OPT_INDENT_2).decode())
+    from hypemand.state.codec import to_json
+
+    print(to_json(document, orjson.OPT_INDENT_2).decode())

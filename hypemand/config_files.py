@@ -4,12 +4,15 @@ import contextlib
 import os
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
-from hypemand.config import Config, ParseSettings, parse_config
+from hypemand.config import ApiConfig, Config, ParseSettings, parse_config
 from hypemand.core.errors import RuleBroken
 from hypemand.core.fields import check_path
+
+SYSTEM_CONFIG = Path("/etc/hypemand/config.toml")
 
 
 def find_config(wanted: str | None) -> Path:
@@ -20,8 +23,7 @@ def find_config(wanted: str | None) -> Path:
     named = wanted or os.environ.get("HYPEMAND_CONFIG")
     if named:
         return Path(named)
-    system = Path("/etc/hypemand/config.toml")
-    return system if system.exists() else platformdirs.user_config_path("hypemand") / "config.toml"
+    return SYSTEM_CONFIG if SYSTEM_CONFIG.exists() else platformdirs.user_config_path("hypemand") / "config.toml"
 
 
 def default_state_dir() -> Path:
@@ -42,15 +44,24 @@ def load_config(path: Path, parse_settings: ParseSettings) -> Config:
     return parse_config(path.read_bytes(), path.absolute().parent, default_state_dir(), parse_settings)
 
 
-def guess_state_dir(data: bytes, base: Path) -> Path:
-    """The state directory that a config with problems most likely means: for showing its state nevertheless."""
+def guess_config(data: bytes, base: Path) -> Config:
+    """What a config with problems most likely means: its state and its daemon's socket, to be shown and asked."""
+    raw = _readable_part(data)
+    api = raw.get("api")
+    state_dir, socket = default_state_dir(), None
+    with contextlib.suppress(RuleBroken):
+        state_dir = base / check_path(raw.get("state_dir"))
+    with contextlib.suppress(RuleBroken):
+        socket = base / check_path(api.get("socket") if isinstance(api, dict) else None)
+    return Config(state_dir, api=ApiConfig(socket=socket))
+
+
+def _readable_part(data: bytes) -> dict[str, Any]:
+    """What stands above the first line that is not TOML."""
     lines = data.decode(errors="replace").splitlines()
     for length in range(len(lines), 0, -1):
         try:
-            raw = tomllib.loads("\n".join(lines[:length]))
+            return tomllib.loads("\n".join(lines[:length]))
         except tomllib.TOMLDecodeError:
             continue
-        with contextlib.suppress(RuleBroken):
-            return base / check_path(raw.get("state_dir"))
-        break
-    return default_state_dir()
+    return {}

@@ -23,6 +23,7 @@ from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
 from hypemand.surface.access import Access, CurrentAccess
 from hypemand.surface.api import api_routes, make_app
+from hypemand.surface.control import Control, control_routes
 from hypemand.surface.hooks import Hooks
 from hypemand.surface.lasting import keep_up
 from hypemand.surface.log import set_up_log
@@ -86,9 +87,12 @@ class Daemon:
                 self.guarding = guarding
                 self.engine = await self._started(outside, background)
                 nursery.start_soon(self._watch)
-                self.api = self._front(self.engine)
+                assert self.metrics is not None
+                control = Control(self.engine, self.metrics.kept.of)
+                self.api = self._front(self.engine, control)
                 background.start_soon(self._serve_api, self.engine, self.api)
-                await self.engine.serve()
+                with self.engine.events.heard_by(control.hear):
+                    await self.engine.serve()
                 self.api.stop()
                 with trio.move_on_after(LAST_ANSWERS_S):
                     await self.api.over.wait()
@@ -115,12 +119,12 @@ class Daemon:
             _log.info("next run", instance_id=schedule.instance_id, at=at)
         return engine
 
-    def _front(self, engine: Engine) -> Serving:
+    def _front(self, engine: Engine, control: Control) -> Serving:
         assert self.metrics is not None
         routes = [*api_routes(Requests(engine)), openapi_route(), self.metrics.route()]
         return Serving(
             path=socket_path(self.config),
-            socket_app=make_app(routes),
+            socket_app=make_app([*routes, *control_routes(control)]),
             listen=self.config.api.listen,
             tcp_app=make_app(routes, self.access.client_of),
             tls=self.access.tls,

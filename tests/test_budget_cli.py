@@ -62,6 +62,27 @@ async def test_status_tells_of_a_run_that_will_not_begin_for_its_record(lab: Lab
     assert "will not begin" not in (await on(lab, "status")).stderr
 
 
+async def test_a_run_over_its_budget_is_told_once_and_not_planned(lab: Lab) -> None:
+    lab.write(runs='max_freeze = "30s"', instances=("web-1", "web-2"))
+    why = (
+        "the guest froze for 95.2 s on 2026-03-09, longer than its max_freeze of 30s, and this capture can't be"
+        " interrupted: set max_freeze to at least 2m, or have the backend capture it in a way that freezes it for less"
+        " or can be interrupted"
+    )
+    again = "longer than its max_freeze of 30s: until that is raised, no run begins that could freeze it so again"
+    log_of_a_freeze(lab, 95.2, warnings=(f"the guest stood still for 95.2 s, {again}", "another mode"))
+    lab.prepare(last_error=why, last_run_at="2026-03-09T01:00:00Z")
+    lab.prepare("web-2")
+    told = (await on(lab, "status")).stderr
+    assert told.count("max_freeze of 30s") == 1
+    assert f"warning: web-1: its next run will not begin: {why}" in told
+    assert "warning: web-1: last run: another mode" in told
+    plan = await on(lab, "plan", "--for", "2h")
+    assert {line.split()[2] for line in plan.stdout.splitlines()[1:]} == {"web-2"}
+    assert "hypemand: no run of web-1 is shown: it will not begin\n" in plan.stderr
+    assert why in plan.stderr
+
+
 async def test_status_shows_apart_how_long_a_guest_waited_for_a_recovery(lab: Lab) -> None:
     lab.write(runs='max_freeze = "30s"')
     lab.prepare()

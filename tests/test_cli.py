@@ -6,12 +6,13 @@ import pty
 import re
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from hypemand import __version__
-from tests.processes import ALONE, Lab, Ran, command, environment, run_cli, running_daemon
+from tests.processes import ALONE, Lab, Ran, command, environment, run_cli, running_daemon, wait_until
 
 COMMANDS = {
     "run": "foreground",
@@ -20,6 +21,7 @@ COMMANDS = {
     "plan": "what will be pruned, and why",
     "snapshots": "snapshots that are kept",
     "history": "newest last",
+    "run-now": "taken at once",
     "recover": "every guest runs",
 }
 REPORTS = ("status", "plan", "snapshots", "history")
@@ -141,7 +143,7 @@ async def test_recover_goes_on_without_a_config(used: Lab, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", sorted({*COMMANDS} - {"recover"}))
 async def test_a_missing_config_is_told_with_what_to_do(tmp_path: Path, name: str) -> None:
     missing = tmp_path / "nowhere.toml"
-    told = await run_cli(name, "-c", missing)
+    told = await run_cli(name, *(["web-1"] if name == "run-now" else []), "-c", missing)
     assert (told.status, told.stdout) == (78, "")
     (line,) = told.stderr.splitlines()
     assert str(missing) in line
@@ -237,6 +239,7 @@ RUN_KEYS = {
     "started_at",
     "finished_at",
     "outcome",
+    "trigger",
     "kind",
     "snapshot_id",
     "snapshot_name",
@@ -258,10 +261,15 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
     assert (told.status, told.stderr) == (0, "")
     document = told.json
     assert document.keys() == {
+        "at",
+        "answered_by",
         "daemon",
+        "lock",
+        "socket_trouble",
         "state_dir",
         "config_problems",
         "problems",
+        "clock_doubts",
         "warnings",
         "unreadable_state_files",
         "quarantine",
@@ -269,6 +277,7 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
         "open_runs",
         "instances",
     }
+    assert (document["answered_by"], document["lock"]) == ("files", None)
     assert document["daemon"] == {"running": False, "pid": None}
     assert document["state_dir"] == str(used.state)
     for key in (
@@ -291,10 +300,13 @@ async def test_status_as_json_has_stable_keys(used: Lab) -> None:
             "made",
             "schedule",
             "last_run",
+            "last_attempt",
             "open_run",
             "under_way",
+            "current_run",
             "last_snapshot",
             "last_snapshot_age_s",
+            "last_good_at",
             "snapshots_kept",
             "snapshots_bytes",
             "freeze",
@@ -526,6 +538,37 @@ async def test_beside_a_daemon_the_same_reports_and_its_pid(lab: Lab) -> None:
         assert daemon.alive
         await daemon.stop()
     assert len(lab.history()) == 1
+
+
+async def test_the_daemon_and_the_files_tell_the_same(used: Lab, tmp_path: Path) -> None:
+    lab = used.copy_to(tmp_path / "copy")
+    deaf = lab.directory / "deaf.toml"
+    deaf.write_text('api.socket = "nowhere.sock"\n' + lab.config.read_text())
+    async with running_daemon(lab.config) as daemon:
+        await wait_until((lab.state / "api.sock").exists, "it listens")
+        of_daemon = [await answers(lab.config, name) for name in REPORTS]
+        table = await on(lab, "status")
+        of_files = [await answers(deaf, name) for name in REPORTS]
+        again = await run_cli("status", "-c", deaf)
+        await daemon.stop()
+    assert of_daemon == of_files
+    assert [line.split()[:3] for line in table.stdout.splitlines()] == [
+        line.split()[:3] for line in again.stdout.splitlines()
+    ]
+    assert "gives no answer over its socket" not in table.stderr
+    assert f"daemon (pid {daemon.pid}) gives no answer over its socket; this is from its files" in again.stderr
+
+
+async def answers(config: Path, name: str) -> Any:
+    """What a report tells programs, but for what tells of the moment and of who has answered."""
+    told = (await run_cli(name, "-c", config, "--json")).json
+    if name != "status":
+        return told
+    for key in ("at", "answered_by", "lock", "socket_trouble"):
+        del told[key]
+    for view in told["instances"]:
+        del view["last_snapshot_age_s"]
+    return told
 
 
 async def test_a_broken_config_hides_no_state(used: Lab, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from hypemand.backends import registry
 from hypemand.config import Config, LogFormat, LogLevel, config_warnings, parse_config
-from hypemand.config_files import default_state_dir, find_config, guess_state_dir, load_config
+from hypemand.config_files import default_state_dir, find_config, guess_config, load_config
 from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.model import InstanceId
 
@@ -380,9 +380,16 @@ GUESSES = {
 def test_the_state_directory_of_a_broken_config_is_guessed(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATE_DIRECTORY", "/default")
     data, guess = GUESSES[case]
-    assert guess_state_dir(data, BASE) == Path(guess)
+    assert guess_config(data, BASE).state_dir == Path(guess)
 
 
 def test_the_guess_expands_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/me")
-    assert guess_state_dir(b'state_dir = "~/state"\n[', BASE) == Path("/home/me/state")
+    assert guess_config(b'state_dir = "~/state"\n[', BASE).state_dir == Path("/home/me/state")
+
+
+def test_the_socket_of_a_config_with_problems_is_guessed_too() -> None:
+    told = b'state_dir = "state"\n[api]\nsocket = "run/s"\nlisten = 3\n[nonsense'
+    assert guess_config(told, BASE).api.socket == BASE / "run/s"
+    for nothing in (b"[api]\nsocket = 3", b'api = "x"', b"["):
+        assert guess_config(nothing, BASE).api.socket is None

@@ -13,9 +13,10 @@ from hypemand.backends.base import BackendUnavailable, InstanceNotFound
 from hypemand.core.doubt import Reading
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.engine.clock import ClockWatch
-from hypemand.state.runlog import RunLog
+from hypemand.state.runlog import OLD_SEGMENTS, RunLog, read_log
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
+from tests.test_runlog import finished, started
 from tests.world import BOOT_ID, entry, world
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
@@ -355,3 +356,43 @@ async def test_a_doubted_clock_does_not_begin_to_count_how_long_an_instance_is_g
         clock.jump(timedelta(days=1))
         await trio.sleep(26 * 3600)
         assert w.schedule("web-1").gone_since_at is not None
+
+
+class PowerCut(FaultyDisk):
+    """Remembers the names of the files in a directory as they are durable."""
+
+    names: dict[str, int]
+
+    def sync_directory(self, path: Path) -> None:
+        super().sync_directory(path)
+        self.names = {file.name: file.stat().st_ino for file in path.iterdir()}
+
+    def strike(self, path: Path) -> None:
+        """Cut the power: *path* has the names that are durable."""
+        contents = {file.stat().st_ino: file.read_bytes() for file in path.iterdir()}
+        for file in path.iterdir():
+            file.unlink()
+        for name, inode in self.names.items():
+            (path / name).write_bytes(contents[inode])
+
+
+async def test_a_rotation_that_failed_does_not_come_back_with_runs_that_are_over(tmp_path: Path) -> None:
+    disk = PowerCut()
+    log = RunLog(tmp_path, disk, rotate_bytes=600)
+    await log.open()
+    await log.append(started(1))
+    disk.fail("open_append", once=True)
+    await log.append(started(2))  # the log is to be rotated, and can't be
+    assert disk.calls["rename"] == 3
+    disk.fail("replace")
+    await log.append(finished(1))
+    await log.append(finished(2))
+    log.close()
+    disk.heal()
+    disk.strike(tmp_path)
+    again = RunLog(tmp_path, disk, rotate_bytes=600)
+    await again.open()
+    for number in range(10, 10 + 8 * OLD_SEGMENTS):  # until what was written before is rotated out
+        await again.append(finished(number))
+        assert read_log(tmp_path, disk).open_runs() == {}
+    again.close()

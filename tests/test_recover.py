@@ -156,7 +156,9 @@ async def test_beside_a_daemon_that_can_not_settle_a_run_it_fails_and_names_it(l
         await wait_until(lambda: lab.history("web-1") and lab.history("web-3"), "the others are settled")
         beside = await recover(lab)
         assert beside.status == 1
-        assert beside.stderr == f"hypemand: still open: web-2: run {left}\n"
+        (told,) = beside.stderr.splitlines()
+        assert told.startswith(f"hypemand: still open: web-2: run {left}: ")
+        assert "instance.json is missing" in told
         shown = await run_cli("status", "web-2", "-c", lab.config)
         assert "not settled" in shown.stdout
         (lab.directory / "aside").rename(lab.instance_file("web-2"))

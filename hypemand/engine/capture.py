@@ -25,6 +25,7 @@ from hypemand.engine.slots import Slot
 from hypemand.state.replay import advanced
 
 T = TypeVar("T")
+NOT_AGAIN = "until that is raised, no run begins that could freeze it so again"
 _log = structlog.get_logger()
 
 
@@ -126,10 +127,7 @@ class Attempt:
         if freezes is None or can_abort(self.backend.capabilities, freezes) or (freeze_s or 0.0) <= budget.max_freeze_s:
             return
         limit = format_duration(timedelta(seconds=budget.max_freeze_s))
-        warning = (
-            f"the guest stood still for {freeze_s:.1f} s, longer than its max_freeze of {limit}: until that is raised,"
-            " no run begins that could freeze it so again"
-        )
+        warning = f"the guest stood still for {freeze_s:.1f} s, longer than its max_freeze of {limit}: {NOT_AGAIN}"
         self._warn([warning])
 
     def _max_freeze(self, schedule: Schedule) -> timedelta:

@@ -173,6 +173,12 @@ class Engine:
         self._used = await used_backends(history, self.store)
         self._reconciler = Reconciler(self._outside.clock, self.store, self.recorder, remembered(history.lines))
 
+    @property
+    def used_backends(self) -> frozenset[str]:
+        """Names of backends through which something was captured, before this start or since."""
+        captured = {s.backend for s in self.store.schedules.values() if s.backend and s.last_snapshot_id}
+        return self._used | captured
+
     async def start(self) -> None:
         """Settle what a crash left behind, and bring the schedules in line with the config.
 
@@ -210,8 +216,7 @@ class Engine:
         return opened
 
     async def _open_backends(self, opened: trio.Event) -> None:
-        captured = {s.backend for s in self.store.schedules.values() if s.backend and s.last_snapshot_id}
-        await self.fleet.open_all(used=self._used | captured)
+        await self.fleet.open_all(used=self.used_backends)
         opened.set()
 
     async def _look(self) -> None:

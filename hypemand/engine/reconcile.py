@@ -38,13 +38,13 @@ class Discovery:
         return {instance: sorted(names) for instance, names in homes.items() if len(names) > 1}
 
 
-async def discover(backends: Mapping[str, Backend]) -> Discovery:
-    """Ask every backend for its instances, all at once; one that hangs holds up the answer for 10 s at most."""
+async def discover(backends: Mapping[str, Backend], within_s: float = DISCOVERY_TIMEOUT_S) -> Discovery:
+    """Ask every backend for its instances, all at once; one that hangs holds up the answer for *within_s*."""
     found = Discovery()
 
     async def ask(name: str, backend: Backend) -> None:
         try:
-            found.instances[name] = await answer("instances", DISCOVERY_TIMEOUT_S, backend.instances)
+            found.instances[name] = await answer("instances", within_s, backend.instances)
         except BackendError as error:
             found.errors[name] = str(error)
         except Exception as error:  # noqa: BLE001 - a bug in one backend stops no other

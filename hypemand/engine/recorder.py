@@ -29,6 +29,7 @@ class Recorder:
     Attributes:
         freezes: How long guests stood still in the runs recorded so far.
         latest: How the last of them ended, by instance.
+        order: In which order snapshots were made.
     """
 
     def __init__(self, clock: Clock, store: Store, runlog: RunLog, give_up: trio.Event, events: Events) -> None:
@@ -39,19 +40,19 @@ class Recorder:
         self._events = events
         self.freezes = FreezeRecords()
         self.latest = LatestRuns()
-        self._order = MakingOrder()
+        self.order = MakingOrder()
 
     def learn(self, lines: Iterable[Line]) -> None:
         """Take in what the run log tells of earlier runs, oldest first."""
         lines = list(lines)
         self.freezes.learn(lines)
         self.latest.learn(lines)
-        self._order.learn(lines)
+        self.order.learn(lines)
 
     def made(self, instance: InstanceId) -> list[str]:
         """Ids of the snapshots of *instance* in the order in which they were made, those of open runs last."""
         under_way = [run.run_id for run in self._runlog.open_runs if run.instance_id == instance]
-        return [*self._order.of(instance), *under_way]
+        return [*self.order.of(instance), *under_way]
 
     async def finished(self, run: RunFinished) -> None:
         """Append *run* to the log, and bring its schedule up to date. Retries until it holds or hypemand stops."""
@@ -59,8 +60,8 @@ class Recorder:
         started = next((line for line in self._runlog.open_runs if line.run_id == run.run_id), None)
         if started is not None:
             self.freezes.finished(started, run)
-        self._order.finished(run)
         self.latest.finished(run)
+        self.order.finished(run)
         pause_s = 0.1
         while True:
             try:

@@ -135,6 +135,12 @@ class Recovery:
         assert settled is not None
         return settled
 
+    def why_open(self, run_id: str) -> str | None:
+        """Why *run_id* is not settled yet, as far as that was tried."""
+        if run_id in self._told:
+            return self._told[run_id][0]
+        return self.left_open[run_id].reason if run_id in self.left_open else None
+
     @property
     def is_urgent(self) -> bool:
         """Whether a guest may stand still because of an open run."""

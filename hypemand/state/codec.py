@@ -1,5 +1,6 @@
 """Schedules and run log lines as JSON, and back."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import orjson
@@ -30,7 +31,7 @@ def schedule_document(schedule: Schedule) -> dict[str, Any]:
 
 def encode_schedule(schedule: Schedule) -> bytes:
     """The content of a schedule's file."""
-    return _dumps(schedule_document(schedule), orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+    return to_json(schedule_document(schedule), orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
 
 def decode_schedule(data: bytes, instance: InstanceId) -> Schedule:
@@ -56,15 +57,33 @@ def decode_schedule(data: bytes, instance: InstanceId) -> Schedule:
     return schedule
 
 
+def schedule_of(document: Mapping[str, Any]) -> Schedule:
+    """The schedule that `schedule_document` tells.
+
+    Raises:
+        InvalidInput: A later version told it.
+    """
+    return structure(_FILES, {key: value for key, value in document.items() if key != "format"}, Schedule)
+
+
+def run_of(document: Mapping[str, Any]) -> RunFinished:
+    """The finished run that `line_document` tells.
+
+    Raises:
+        InvalidInput: A later version told it.
+    """
+    return structure(_LINES, {key: value for key, value in document.items() if key != "event"}, RunFinished)
+
+
 def encode_line(line: Line) -> bytes:
     """*line* of the run log, with its newline."""
     kind = "started" if isinstance(line, RunStarted) else "finished"
-    return _dumps({"event": kind, **line_document(line)}, orjson.OPT_APPEND_NEWLINE)
+    return to_json({"event": kind, **line_document(line)}, orjson.OPT_APPEND_NEWLINE)
 
 
 def encode_run(run: RunFinished) -> bytes:
     """*run* as the history has it, in one line with its newline."""
-    return _dumps(line_document(run), orjson.OPT_APPEND_NEWLINE)
+    return to_json(line_document(run), orjson.OPT_APPEND_NEWLINE)
 
 
 def line_document(line: Line) -> dict[str, Any]:
@@ -86,7 +105,8 @@ def decode_line(data: bytes) -> Line:
     return structure(_LINES, document, _LINE_TYPES[event])
 
 
-def _dumps(document: dict[str, Any], option: int) -> bytes:
+def to_json(document: Any, option: int = 0) -> bytes:
+    """*document*, JSON values, as JSON; text that is no UTF-8 is told with escapes."""
     try:
         return orjson.dumps(document, option=option)
     except orjson.JSONEncodeError:  # an error that names a file whose name is not UTF-8

@@ -78,7 +78,7 @@ def read_log(state_dir: Path, disk: Disk) -> LogContent:
         except FileNotFoundError:
             continue
         if path.suffix == ".jsonl":
-            whole = _whole_length(data)
+            whole = whole_length(data)
             content.torn_bytes = len(data) - whole
             data = data[:whole]
         for number, raw in enumerate(data.splitlines(), start=1):
@@ -99,7 +99,7 @@ def _read_line(raw: bytes, where: str, content: LogContent, started: set[str]) -
     content.lines.append(line)
 
 
-def _whole_length(data: bytes) -> int:
+def whole_length(data: bytes) -> int:
     """Bytes of *data* up to the end of its last line that is JSON; what follows is what a crash left of a write."""
     end = data.rfind(b"\n") + 1
     while end:
@@ -133,9 +133,11 @@ class RunLog:
         self._rotate_bytes = rotate_bytes
         self._descriptor = -1
         self._size = 0
+        self._names_unsure = False
         self._batch = _Batch()
         self._turn = trio.Lock()
         self._open: dict[str, RunStarted] = {}
+        self.damaged: tuple[str, ...] = ()  # where a line could not be read when it was opened, and why
 
     @property
     def is_open(self) -> bool:
@@ -154,7 +156,7 @@ class RunLog:
     async def open(self) -> LogContent:
         """Read the log, cut a torn end, and make it ready for appends."""
         content = await self._disk.call(self._open_blocking)
-        self._open = content.open_runs()
+        self._open, self.damaged = content.open_runs(), tuple(content.damaged)
         if content.torn_bytes:
             _log.warning("torn end of the run log cut", path=str(self._path), bytes=content.torn_bytes)
         for place in content.damaged:
@@ -235,6 +237,10 @@ class RunLog:
                 self._open.pop(line.run_id, None)
 
     def _write(self, data: bytes) -> None:
+        if self._names_unsure:
+            # Else a power cut could bring the rotation back, and there runs are open that end in this file now.
+            self._disk.sync_directory(self._state_dir)
+            self._names_unsure = False
         if not self._in_place():  # moved away by hand, or by a rotation that failed half-way
             self._reopen()
             data = self._carried() + data
@@ -289,6 +295,7 @@ class RunLog:
             self._reopen()
         except OSError:
             # Else each further attempt would push a segment out, and in the end the one that is written to.
+            self._names_unsure = True
             for source, target in reversed(moved):
                 if target.exists() and not source.exists():
                     target.rename(source)

@@ -9,7 +9,8 @@ from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
 from hypemand.surface.access import read_access
 from hypemand.surface.hooks import command_trouble
-from hypemand.surface.report import NEVER_USED, State, read_state, used_backends
+from hypemand.surface.known import State, read_state
+from hypemand.surface.report import NEVER_USED
 
 
 @define
@@ -41,7 +42,7 @@ async def check_backends(config: Config) -> Findings:
         findings.problems.append(Problem("state_dir", f"can't be read: {error}"))
         return findings
     for name, trouble in sorted(discovery.errors.items()):
-        first = "" if name in used_backends(state) else NEVER_USED
+        first = "" if name in state.used_backends else NEVER_USED
         findings.warnings.append(f"backends.{name}: {trouble}{first}")
     wanted = wanted_schedules(config, discovery, state.schedules.values())
     findings.problems += [Problem("schedules", problem) for problem in wanted.problems]

@@ -1,39 +1,63 @@
-"""Reports as JSON values, for programs: stable keys, instants in RFC 3339, durations in seconds."""
+"""Answers as JSON values: stable keys, instants in RFC 3339, durations in seconds. Tables are made from them alone.
+
+The daemon sends them over its socket, and programs get them with ``--json``:
+what is shown is the same, whoever has answered.
+"""
 
 from datetime import datetime
 from typing import Any
 
 from hypemand.core.fields import format_instant
-from hypemand.core.forecast import PlannedRun
-from hypemand.core.model import InstanceId, RunFinished, Snapshot
+from hypemand.core.model import Snapshot
 from hypemand.state.codec import line_document, schedule_document
+from hypemand.surface.known import OpenRun
 from hypemand.surface.report import InstanceView, Overview
 
+Document = dict[str, Any]
 
-def overview_document(overview: Overview, config_problems: list[str], now: datetime) -> dict[str, Any]:
+
+def status_document(overview: Overview) -> Document:
     """The answer to ``status --json``."""
     state = overview.state
     return {
-        "daemon": {"running": _daemon_runs(overview), "pid": state.owner.pid if state.owner else None},
+        "at": format_instant(overview.at),
+        "answered_by": state.answered_by,
+        "daemon": {
+            "running": state.owner is not None and state.owner.role == "daemon",
+            "pid": state.owner.pid if state.owner else None,
+        },
+        "lock": None
+        if state.owner is None
+        else {
+            "role": state.owner.role,
+            "pid": state.owner.pid,
+            "since": _instant(state.owner.since),
+        },
         "state_dir": str(state.state_dir),
-        "config_problems": config_problems,
+        "config_problems": [],
         "problems": overview.problems,
-        "warnings": overview.warnings,
+        "clock_doubts": overview.clock_doubts,
+        "warnings": _warnings(overview),
         "unreadable_state_files": list(state.trouble),
         "quarantine": list(state.quarantine),
-        "damaged_log_lines": state.log.damaged,
-        "open_runs": sorted(state.log.open_runs()),
-        "instances": [_view_document(view, now) for view in overview.instances],
+        "damaged_log_lines": list(state.damaged),
+        "open_runs": sorted(open_run.run.run_id for open_run in state.open_runs.values()),
+        "instances": [_view_document(view, overview.at) for view in overview.instances],
     }
 
 
-def _daemon_runs(overview: Overview) -> bool:
-    owner = overview.state.owner
-    return owner is not None and owner.role == "daemon"
+def _warnings(overview: Overview) -> list[str]:
+    of_instances = [f"{view.instance_id}: {warning}" for view in overview.instances for warning in view.warnings]
+    return [*overview.warnings, *overview.clock_doubts, *of_instances]
 
 
-def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
+def _instant(at: datetime | None) -> str | None:
+    return None if at is None else format_instant(at)
+
+
+def _view_document(view: InstanceView, now: datetime) -> Document:
     last = view.snapshots[-1] if view.snapshots else None
+    attempt = view.last_attempt
     return {
         "instance_id": view.instance_id,
         "backend": view.backend,
@@ -42,10 +66,19 @@ def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
         "made": view.made,
         "schedule": schedule_document(view.schedule) if view.schedule else None,
         "last_run": line_document(view.last_run) if view.last_run else None,
-        "open_run": view.open_run,
-        "under_way": view.under_way,
+        "last_attempt": {
+            "started_at": format_instant(attempt.started_at),
+            "outcome": str(attempt.outcome),
+            "error": attempt.error,
+        }
+        if attempt
+        else None,
+        "open_run": view.open_run is not None,
+        "under_way": view.open_run is not None and view.open_run.under_way,
+        "current_run": _open_document(view.open_run) if view.open_run else None,
         "last_snapshot": snapshot_document(last) if last else None,
         "last_snapshot_age_s": round((now - last.created_at).total_seconds(), 3) if last else None,
+        "last_good_at": _instant(_last_good_at(view)),
         "snapshots_kept": None if view.snapshots is None else len(view.snapshots),
         "snapshots_bytes": None if view.snapshots is None else sum(s.size_bytes for s in view.snapshots),
         "freeze": _freeze_document(view),
@@ -53,7 +86,26 @@ def _view_document(view: InstanceView, now: datetime) -> dict[str, Any]:
     }
 
 
-def _freeze_document(view: InstanceView) -> dict[str, Any]:
+def _last_good_at(view: InstanceView) -> datetime | None:
+    """When its last snapshot was taken: as it is listed; where that can't be had, as the run log tells."""
+    if view.snapshots is None:
+        return view.last_good_at
+    return view.snapshots[-1].created_at if view.snapshots else None
+
+
+def _open_document(open_run: OpenRun) -> Document:
+    run = open_run.run
+    return {
+        "run_id": run.run_id,
+        "trigger": str(run.trigger),
+        "started_at": format_instant(run.started_at),
+        "max_freeze_s": run.max_freeze_s,
+        "frozen_s": None if open_run.frozen_s is None else round(open_run.frozen_s, 3),
+        "error": open_run.error,
+    }
+
+
+def _freeze_document(view: InstanceView) -> Document:
     longest, found = view.longest, view.found_frozen
     return {
         "last_s": view.last_run.freeze_s if view.last_run else None,
@@ -66,7 +118,23 @@ def _freeze_document(view: InstanceView) -> dict[str, Any]:
     }
 
 
-def snapshot_document(snapshot: Snapshot) -> dict[str, Any]:
+def snapshots_document(overview: Overview) -> Document:
+    """What ``snapshots`` tells: those kept, and the instances whose snapshots can't be listed."""
+    views = overview.instances
+    return {
+        "at": format_instant(overview.at),
+        "instances": [view.instance_id for view in views],
+        "problems": overview.problems,
+        "unlisted": [_unlisted(view) for view in views if view.snapshots is None],
+        "snapshots": [snapshot_document(s) for view in views for s in (*(view.snapshots or ()), *view.future)],
+    }
+
+
+def _unlisted(view: InstanceView) -> str:
+    return f"{view.instance_id}: snapshots can't be listed: {view.trouble or 'a run of it is under way'}"
+
+
+def snapshot_document(snapshot: Snapshot) -> Document:
     """One snapshot of ``snapshots --json``."""
     return {
         "id": snapshot.id,
@@ -80,19 +148,24 @@ def snapshot_document(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def run_document(run: RunFinished) -> dict[str, Any]:
-    """One run of ``history --json``."""
-    return line_document(run)
-
-
-def planned_document(instance: InstanceId, run: PlannedRun) -> dict[str, Any]:
-    """One run of ``plan --json``."""
+def forecast_document(overview: Overview) -> Document:
+    """What ``plan`` is worked out from. By whoever asks: a plan of a year would keep a daemon from its runs."""
     return {
-        "at": format_instant(run.at),
-        "instance_id": instance,
-        "snapshot_name": run.snapshot_name,
-        "prunes": [
-            {"snapshot_id": e.snapshot.id, "snapshot_name": e.snapshot.name, "reasons": list(e.reasons)}
-            for e in run.prunes
+        "at": format_instant(overview.at),
+        "instances": [view.instance_id for view in overview.instances],
+        "notes": [*overview.problems, *_warnings(overview)],
+        "schedules": [
+            {
+                "schedule": schedule_document(view.schedule),
+                "snapshots": [_bare(snapshot) for snapshot in view.snapshots or ()],
+                "in_order": list(view.in_order),
+                "over_budget": view.over_budget,
+            }
+            for view in overview.instances
+            if view.schedule is not None
         ],
     }
+
+
+def _bare(snapshot: Snapshot) -> Document:
+    return {key: value for key, value in snapshot_document(snapshot).items() if key != "restore"}

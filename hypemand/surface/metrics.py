@@ -32,7 +32,7 @@ class Metrics:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._tallies = Tallies()
-        self._kept = KeptSnapshots(engine)
+        self.kept = KeptSnapshots(engine)
         self._standing = Standing(engine)
         self._process = ProcessCollector(registry=None)
         self._turn = trio.Lock()
@@ -43,11 +43,11 @@ class Metrics:
         if isinstance(event, RunEnded) and event.run.instance_id in self._engine.store.schedules:
             self._tallies.of(event.run.instance_id).add(event.run)
         elif isinstance(event, SnapshotsListed):
-            self._kept.heard(event.instance_id, event.snapshots)
+            self.kept.heard(event.instance_id, event.snapshots)
 
     async def keep_counting(self) -> None:
         """Ask the backends for the snapshots that are kept, once runs can begin, then now and then; for ever."""
-        await self._kept.keep_asking()
+        await self.kept.keep_asking()
 
     async def page(self, accept: str = "") -> tuple[bytes, str]:
         """Everything as text, in the format that the header *accept* prefers, and its content type.
@@ -77,7 +77,7 @@ class Metrics:
         self._tallies.keep(schedule.instance_id for schedule in schedules)
         sights: list[Sight] = []
         for part in parts(sorted(schedules, key=lambda s: s.instance_id)):
-            sights += [see(self._engine, s, self._kept, self._tallies.of(s.instance_id), now) for s in part]
+            sights += [see(self._engine, s, self.kept, self._tallies.of(s.instance_id), now) for s in part]
             await trio.lowlevel.checkpoint()
         return sights
 

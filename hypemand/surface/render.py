@@ -1,18 +1,20 @@
-"""Reports for people: tables on a terminal, plain columns in a pipe."""
+"""Documents for people: tables on a terminal, plain columns in a pipe, and what is to be said below them."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from typing import Any
 
 from attrs import frozen
 
 from hypemand.core.duration import format_duration
-from hypemand.core.forecast import PlannedRun
-from hypemand.core.model import InstanceId, RunFinished, Snapshot
+from hypemand.core.fields import check_instant
 from hypemand.core.size import format_size
-from hypemand.surface.report import InstanceView, Overview, State
 
 MOST_ROWS = 200
+
+Told = Mapping[str, Any]
+"""A document, or a part of one."""
 
 
 @frozen
@@ -32,13 +34,13 @@ def show(table: Table) -> None:
     if sys.stdout.isatty():
         _show_rich(table)
         return
-    lines = [table.headings, *([_one_line(text) for text in row] for row in table.rows)]
+    lines = [table.headings, *([one_line(text) for text in row] for row in table.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.headings))]
     for line in lines:
         print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
 
 
-def _one_line(text: str) -> str:
+def one_line(text: str) -> str:
     """*text* as it can stand in a cell: what a hypervisor says may hold line ends and control characters."""
     return "".join(c if c.isprintable() else " " for c in text)
 
@@ -54,14 +56,14 @@ def _show_rich(table: Table) -> None:
     for heading in table.headings:
         drawn.add_column(heading, overflow="fold")
     for row in table.rows:
-        cells = zip(table.headings, map(_one_line, row), strict=True)
+        cells = zip(table.headings, map(one_line, row), strict=True)
         drawn.add_row(*(Text(text, style=_style(heading, text)) for heading, text in cells))
     if console.measure(drawn, options=console.options.update(width=10_000)).maximum <= console.width:
         console.print(drawn)
         return
     for row in table.rows:  # too narrow for columns
-        console.print(Text(_one_line(row[0]), style="bold"))
-        for heading, text in zip(table.headings[1:], map(_one_line, row[1:]), strict=True):
+        console.print(Text(one_line(row[0]), style="bold"))
+        for heading, text in zip(table.headings[1:], map(one_line, row[1:]), strict=True):
             if text:
                 console.print(Text.assemble((f"  {heading.lower():14} ", "dim"), (text, _style(heading, text))))
 
@@ -99,123 +101,145 @@ def seconds_short(seconds: float | None) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
-def status_table(overview: Overview, now: datetime) -> Table:
+def status_table(status: Told) -> Table:
     """A row for each instance. On a terminal errors are in `status_notes` alone: they are too long for a column."""
     headings = ["INSTANCE", "STATE", "EVERY", "NEXT RUN", "LAST RUN", "LAST SNAPSHOT", "AGE", "KEPT", "SIZE"]
     headings += ["FREEZE", "LONGEST"]
-    rows = [_status_row(view, now) for view in overview.instances]
+    now, views = check_instant(status["at"]), status["instances"]
+    rows = [_status_row(view, now) for view in views]
     if not sys.stdout.isatty():
         headings.append("ERROR")
-        for view, row in zip(overview.instances, rows, strict=True):
-            row.append((view.schedule.last_error if view.schedule else None) or view.trouble or "")
+        for view, row in zip(views, rows, strict=True):
+            row.append(_last_error(view) or view["trouble"] or "")
     return Table(headings, rows)
 
 
-def _status_row(view: InstanceView, now: datetime) -> list[str]:
-    schedule, run = view.schedule, view.last_run
-    last = view.snapshots[-1] if view.snapshots else None
-    outcome = str(run.outcome) if run else ""
-    if view.open_run:
-        outcome = "under way" if view.under_way else "not settled"
+def _last_error(view: Told) -> str:
+    return (view["schedule"] or {}).get("last_error") or ""
+
+
+def _status_row(view: Told, now: datetime) -> list[str]:
+    schedule, run, last = view["schedule"], view["last_run"], view["last_snapshot"]
+    kept, size = view["snapshots_kept"], view["snapshots_bytes"]
     return [
-        view.instance_id,
-        view.state or "?",
-        format_duration(schedule.interval) if schedule else "uncovered",
+        view["instance_id"],
+        view["state"] or "?",
+        schedule["interval"] if schedule else "uncovered",
         _next_run(view, now),
-        f"{outcome} {ago(run.started_at, now)}" if run and not view.open_run else outcome or "-",
-        last.name if last else "-",
-        ago(last.created_at, now).removesuffix(" ago") if last else "-",
-        "?" if view.snapshots is None else str(len(view.snapshots)),
-        "?" if view.snapshots is None else format_size(sum(s.size_bytes for s in view.snapshots)),
-        seconds_short(run.freeze_s if run else None),
-        _longest(view),
+        _last_run(view, now),
+        last["name"] if last else "-",
+        ago(_at(view["last_good_at"]), now).removesuffix(" ago"),
+        "?" if kept is None else str(kept),
+        "?" if size is None else format_size(size),
+        seconds_short(run["freeze_s"] if run else None),
+        _longest(view["freeze"]),
     ]
 
 
-def _longest(view: InstanceView) -> str:
+def _at(instant: str | None) -> datetime | None:
+    return None if instant is None else check_instant(instant)
+
+
+def _last_run(view: Told, now: datetime) -> str:
+    run = view["last_run"]
+    if view["open_run"]:
+        return "under way" if view["under_way"] else "not settled"
+    return f"{run['outcome']} {ago(_at(run['started_at']), now)}" if run else "-"
+
+
+def _longest(freeze: Told) -> str:
     """The longest freeze against its budget: ``1.2 s of 2m``."""
-    if view.max_freeze is None:
-        return seconds_short(view.longest.freeze_s) if view.longest else "-"
-    longest = seconds_short(view.longest.freeze_s) if view.longest else "none"
-    return f"{longest} of {format_duration(view.max_freeze)}"
+    longest, budget_s = freeze["longest_s"], freeze["budget_s"]
+    if budget_s is None:
+        return seconds_short(longest)
+    told = "none" if longest is None else seconds_short(longest)
+    return f"{told} of {format_duration(timedelta(seconds=budget_s))}"
 
 
-def _next_run(view: InstanceView, now: datetime) -> str:
-    if view.schedule is None:
+def _next_run(view: Told, now: datetime) -> str:
+    schedule = view["schedule"]
+    if schedule is None:
         return "-"
-    if not view.made:
+    if not view["made"]:
         return "not begun"
-    if not view.schedule.settings.enabled:
+    if not schedule["settings"].get("enabled", True):
         return "disabled"
-    return ago(view.schedule.next_run_at, now) if view.schedule.next_run_at > now else "overdue"
+    at = check_instant(schedule["next_run_at"])
+    return ago(at, now) if at > now else "overdue"
 
 
-def snapshots_table(snapshots: Iterable[Snapshot], now: datetime) -> Table:
+def snapshots_table(document: Told) -> Table:
     """A row for each snapshot."""
-    rows = [
-        [
-            s.instance_id,
-            s.name,
-            s.kind,
-            f"{s.created_at:%Y-%m-%d %H:%M:%S}Z",
-            ago(s.created_at, now),
-            format_size(s.size_bytes),
-            s.id,
-        ]
-        for s in snapshots
-    ]
+    now = check_instant(document["at"])
+    rows = []
+    for told in document["snapshots"]:
+        at = check_instant(told["created_at"])
+        size = format_size(told["size_bytes"])
+        rows.append([told["instance_id"], told["name"], told["kind"], _instant(at), ago(at, now), size, told["id"]])
     return Table(("INSTANCE", "NAME", "KIND", "CREATED", "AGE", "SIZE", "ID"), rows)
 
 
-def history_table(runs: Iterable[RunFinished]) -> Table:
-    """A row for each run."""
+def history_table(runs: Iterable[Told]) -> Table:
+    """A row for each run; one by hand says so."""
     rows = [
         [
-            _instant(run.started_at),
-            run.instance_id,
-            str(run.outcome),
-            run.snapshot_name or "-",
-            "-" if run.size_bytes is None else format_size(run.size_bytes),
-            seconds_short(run.freeze_s),
-            seconds_short(run.late_s),
-            str(len(run.pruned)),
-            run.error or "",
+            _instant(check_instant(run["started_at"])),
+            run["instance_id"],
+            run["outcome"] + (" (manual)" if run["trigger"] == "manual" else ""),
+            run["snapshot_name"] or "-",
+            "-" if run["size_bytes"] is None else format_size(run["size_bytes"]),
+            seconds_short(run["freeze_s"]),
+            seconds_short(run["late_s"]),
+            str(len(run["pruned"])),
+            run["error"] or "",
         ]
         for run in runs
     ]
     return Table(("STARTED", "INSTANCE", "OUTCOME", "SNAPSHOT", "SIZE", "FREEZE", "LATE", "PRUNED", "ERROR"), rows)
 
 
-def plan_table(planned: Iterable[tuple[InstanceId, PlannedRun]]) -> Table:
+def plan_table(planned: Iterable[Told]) -> Table:
     """A row for each run to come, and one for each snapshot that it will prune."""
     rows = []
-    for instance, run in planned:
-        rows.append([_instant(run.at), instance, "take", run.snapshot_name, ""])
-        rows += [[_instant(run.at), instance, "prune", e.snapshot.name, "; ".join(e.reasons)] for e in run.prunes]
+    for run in planned:
+        at, instance = _instant(check_instant(run["at"])), run["instance_id"]
+        rows.append([at, instance, "take", run["snapshot_name"], ""])
+        rows += [[at, instance, "prune", gone["snapshot_name"], "; ".join(gone["reasons"])] for gone in run["prunes"]]
     return Table(("AT", "INSTANCE", "ACTION", "SNAPSHOT", "WHY"), rows)
 
 
-def _owner_note(state: State) -> str:
-    owner = state.owner
-    if owner is None:
-        return f"daemon: not running on the state in {state.state_dir}"
-    return f"daemon: running (pid {owner.pid})" if owner.role == "daemon" else f"state: in use by {owner}"
+def _owner_note(status: Told) -> str:
+    lock = status["lock"]
+    if lock is None:
+        return f"daemon: not running on the state in {status['state_dir']}"
+    if lock["role"] == "daemon":
+        return f"daemon: running (pid {lock['pid']})"
+    return f"state: in use by {lock['role']} (pid {lock['pid']})"
 
 
-def status_notes(overview: Overview, config_problems: Iterable[str]) -> list[str]:
+def status_notes(status: Told) -> list[str]:
     """What is to be said below the table of `status`; the daemon's state first."""
-    state = overview.state
-    notes = [_owner_note(state)]
-    for view in overview.instances:
-        error = view.schedule.last_error if view.schedule else None
-        notes += [f"{view.instance_id}: last error: {_one_line(error)}"] if error else []
-        notes += [f"{view.instance_id}: {_one_line(view.trouble)}"] if view.trouble and view.made else []
-    to_come = [view.instance_id for view in overview.instances if not view.made]
+    views = status["instances"]
+    notes = [_owner_note(status)]
+    for view in views:
+        error, over_budget = _last_error(view), view["freeze"]["over_budget"]
+        told_below = over_budget is not None and over_budget in error
+        notes += [f"{view['instance_id']}: last error: {one_line(error)}"] if error and not told_below else []
+        notes += [f"{view['instance_id']}: {one_line(view['trouble'])}"] if view["trouble"] and view["made"] else []
+        notes += _open_note(view)
+    to_come = [view["instance_id"] for view in views if not view["made"]]
     notes += [f"begins when the daemon takes up the config: {', '.join(to_come)}"] if to_come else []
-    notes += [f"config invalid, a running daemon goes on with the one before: {p}" for p in config_problems]
-    notes += [f"problem: {problem}" for problem in overview.problems]
-    notes += [f"warning: {_one_line(warning)}" for warning in overview.warnings]
-    notes += [f"state file unreadable or invalid: {trouble}" for trouble in state.trouble]
-    notes += [f"in quarantine: {note} (see {state.state_dir}/quarantine)" for note in state.quarantine]
-    notes += [f"run log damaged: {place}" for place in state.log.damaged]
+    notes += [f"config invalid, a running daemon goes on with the one before: {p}" for p in status["config_problems"]]
+    notes += [f"problem: {problem}" for problem in status["problems"]]
+    notes += [f"warning: {one_line(warning)}" for warning in status["warnings"]]
+    notes += [f"state file unreadable or invalid: {trouble}" for trouble in status["unreadable_state_files"]]
+    notes += [f"in quarantine: {note} (see {status['state_dir']}/quarantine)" for note in status["quarantine"]]
+    notes += [f"run log damaged: {place}" for place in status["damaged_log_lines"]]
     return notes
+
+
+def _open_note(view: Told) -> list[str]:
+    run = view["current_run"]
+    if run is None or view["under_way"] or not run["error"]:
+        return []
+    return [f"{view['instance_id']}: run {run['run_id']} is not settled yet: {one_line(run['error'])}"]

@@ -1,65 +1,35 @@
-"""What an operator asks, answered from the state files and the backends. Changes nothing."""
+"""What an operator asks, answered from what hypemand knows and from the backends. Changes nothing."""
 
-from collections.abc import Collection
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime, timedelta
-from pathlib import Path
+from functools import partial
 
+import structlog
 import trio
 from attrs import define, field, frozen
 
-from hypemand.backends.base import BackendError
+from hypemand.backends.base import Backend, BackendError
 from hypemand.config import GUARD_OFF, Config
 from hypemand.core.model import InstanceId, RunFinished, Schedule, Snapshot
 from hypemand.core.retention import future_dated, scheduled_only
+from hypemand.engine.capture import NOT_AGAIN
 from hypemand.engine.clock import Clock, ClockWatch, SystemClock
 from hypemand.engine.fleet import Fleet, UnknownBackendError, new_fleet
 from hypemand.engine.limits import answer
-from hypemand.engine.made import MakingOrder
 from hypemand.engine.reconcile import Discovery, Wanted, created, discover, wanted_schedules
 from hypemand.engine.records import FreezeRecords, LongestFreeze, can_abort, why_over_budget
-from hypemand.state.files import Disk
-from hypemand.state.lock import LockOwner, lock_owner
-from hypemand.state.replay import lay_over, under_way
-from hypemand.state.runlog import LogContent, read_log
-from hypemand.state.scan import quarantine_notes, scan_schedules
+from hypemand.surface.known import OpenRun, State
 
 ANSWER_S = 5.0
-AT_ONCE = 16
+"""How long a backend is waited for, for its instances, and for each of them."""
+ALL_ANSWERS_S = 10.0
+"""How long for all of them."""
+AT_ONCE = 32
+"""Questions to one backend; one that hangs hides no other."""
 NEVER_USED = " (never used so far; the daemon makes its directories when it first starts)"
-
-
-@frozen(kw_only=True)
-class State:
-    """The state directory as it is now."""
-
-    state_dir: Path
-    owner: LockOwner | None
-    schedules: dict[InstanceId, Schedule]
-    log: LogContent
-    trouble: tuple[str, ...]
-    quarantine: tuple[str, ...]
-
-
-def read_state(state_dir: Path) -> State:
-    """Read the state in *state_dir*. Blocking; also beside a running daemon.
-
-    Raises:
-        OSError: It can't be read.
-    """
-    disk = Disk()
-    scan = scan_schedules(state_dir / "schedules", disk)
-    log = read_log(state_dir, disk)
-    schedules = {}
-    for instance, (schedule, _) in scan.schedules.items():
-        schedules[instance] = lay_over(schedule, [line for line in log.lines if line.instance_id == instance])
-    return State(
-        state_dir=state_dir,
-        owner=lock_owner(state_dir),
-        schedules=schedules,
-        log=log,
-        trouble=tuple(f"{bad.path}: {bad.problem}" for bad in (*scan.invalid, *scan.newer, *scan.unreadable)),
-        quarantine=tuple(quarantine_notes(state_dir)),
-    )
+NOT_IN_TIME = "no answer in time, or not asked because others gave none"
+_log = structlog.get_logger()
 
 
 @define
@@ -75,8 +45,10 @@ class InstanceView:
         longest: Its longest freeze in a capture, *found_frozen*: until a recovery resumed it. Both of the kind that
             it had last.
         over_budget: Why its next run is going to fail, in view of that.
-        open_run: A run is not finished; *under_way*: and a daemon is at it.
+        last_run: Skipped ones included; *last_attempt*: without them.
+        last_good_at: When the run began that left its last snapshot, as far as the run log tells.
         trouble: Why the backend's part is missing.
+        warnings: What is odd about it.
     """
 
     instance_id: InstanceId
@@ -87,73 +59,95 @@ class InstanceView:
     snapshots: tuple[Snapshot, ...] | None = None
     trouble: str | None = None
     last_run: RunFinished | None = None
-    open_run: bool = False
-    under_way: bool = False
+    last_attempt: RunFinished | None = None
+    last_good_at: datetime | None = None
+    open_run: OpenRun | None = None
     future: tuple[Snapshot, ...] = ()
     in_order: tuple[str, ...] = ()
     max_freeze: timedelta | None = None
     longest: LongestFreeze | None = None
     found_frozen: LongestFreeze | None = None
     over_budget: str | None = None
+    warnings: list[str] = field(factory=list)
+
+
+@frozen
+class AtWork:
+    """The instances that hypemand is at work on. It knows their state itself; a hypervisor serves one client at a time.
+
+    Attributes:
+        on: Whether an instance is one of them, at this moment.
+        listed: Its snapshots as they were listed last; None where that is not known.
+    """
+
+    on: Callable[[InstanceId], bool]
+    listed: Callable[[InstanceId], tuple[Snapshot, ...] | None]
+
+
+NOT_AT_WORK = AtWork(lambda _: False, lambda _: None)
 
 
 @define
 class Overview:
-    """Everything that `status` shows."""
+    """Everything that `status` shows, as of *at*.
+
+    Attributes:
+        clock_doubts: Why the wall clock is not trusted.
+    """
 
     state: State
+    at: datetime
     instances: list[InstanceView] = field(factory=list)
     problems: list[str] = field(factory=list)
+    clock_doubts: list[str] = field(factory=list)
     warnings: list[str] = field(factory=list)
 
 
 async def look_offline(state: State, config: Config | None, only: str | None) -> Overview:
     """`look`, with backends of its own; *config* is None where it is invalid."""
-    fleet = new_fleet(state.state_dir)
+    fleet, clock = new_fleet(state.state_dir), SystemClock()
     fleet.have(config.backends if config else {})
+    chosen = None if only is None else {only}
     try:
-        return await look(state, config, fleet, SystemClock(), only)
+        return await look(state, config, fleet=fleet, clock=clock, watch=ClockWatch(clock), only=chosen)
     finally:
         await fleet.aclose()
 
 
-async def look(state: State, config: Config | None, fleet: Fleet, clock: Clock, only: str | None = None) -> Overview:
-    """Ask the backends of *config* about every instance with a schedule, and about those that none covers."""
-    discovery = await discover(fleet.backends)
+async def look(
+    state: State,
+    config: Config | None,
+    *,
+    fleet: Fleet,
+    clock: Clock,
+    watch: ClockWatch,
+    only: Collection[str] | None = None,
+    at_work: AtWork = NOT_AT_WORK,
+) -> Overview:
+    """Ask the backends of *config* about every instance with a schedule, and about those that none covers.
+
+    One that hangs delays the answer by a few seconds, however many instances it has.
+
+    Args:
+        only: These instances alone.
+        at_work: The instances that must not be asked about.
+    """
+    discovery = await discover(fleet.backends, ANSWER_S)
     wanted = wanted_schedules(config, discovery, state.schedules.values()) if config else Wanted()
-    overview = Overview(state, _views(state, discovery, fleet, _to_come(state, wanted, clock), only))
-    records, order = FreezeRecords(), MakingOrder()
-    records.learn(state.log.lines)
-    order.learn(state.log.lines)
+    overview = Overview(state, clock.now(), _views(state, discovery, fleet, _to_come(state, wanted, clock), only))
     for view in overview.instances:
-        _judge_freezes(view, records, fleet, config)
-        view.in_order = order.of(view.instance_id)
+        _judge_freezes(view, state.freezes, fleet, config)
     overview.problems += wanted.problems
     for name, error in sorted(discovery.errors.items()):
-        told = overview.problems if name in used_backends(state) else overview.warnings
+        told = overview.problems if name in state.used_backends else overview.warnings
         told.append(f"backend {name}: {error}" + ("" if told is overview.problems else NEVER_USED))
     if config is not None and not config.runs.guard:
         overview.warnings.append(GUARD_OFF)
-    overview.warnings += _clock_warnings(state.schedules.values(), clock)
-    limiter = trio.CapacityLimiter(AT_ONCE)
-    async with trio.open_nursery() as nursery:
-        for view in overview.instances:
-            nursery.start_soon(_ask, view, fleet, limiter, clock.now())
+    overview.clock_doubts += _clock_doubts(state.schedules.values(), watch)
+    await _ask_all(overview, fleet, at_work)
     for view in overview.instances:
-        if view.over_budget is not None:
-            overview.warnings.append(f"{view.instance_id}: its next run will not begin: {view.over_budget}")
-        overview.warnings += [
-            f"{view.instance_id}: snapshot {snapshot.name} is dated in the future: neither counted nor deleted"
-            for snapshot in view.future
-        ]
-        of_last_run = view.last_run.warnings if view.last_run else ()
-        overview.warnings += [f"{view.instance_id}: last run: {warning}" for warning in of_last_run]
+        view.warnings += _warnings_of(view)
     return overview
-
-
-def used_backends(state: State) -> frozenset[str]:
-    """Names of backends through which something was captured before."""
-    return frozenset(line.backend for line in state.log.started())
 
 
 def _to_come(state: State, wanted: Wanted, clock: Clock) -> dict[InstanceId, Schedule]:
@@ -167,20 +161,26 @@ def _to_come(state: State, wanted: Wanted, clock: Clock) -> dict[InstanceId, Sch
 
 
 def _views(
-    state: State, discovery: Discovery, fleet: Fleet, to_come: dict[InstanceId, Schedule], only: str | None
+    state: State,
+    discovery: Discovery,
+    fleet: Fleet,
+    to_come: dict[InstanceId, Schedule],
+    only: Collection[str] | None,
 ) -> list[InstanceView]:
-    last_runs = {run.instance_id: run for run in state.log.finished()}
-    open_runs = {run.instance_id: run for run in state.log.open_runs().values()}
     views = {i: InstanceView(i, _backend_of(s, fleet), s) for i, s in state.schedules.items()}
     views |= {i: InstanceView(i, s.backend, s, made=False) for i, s in to_come.items()}
     for name, instances in sorted(discovery.instances.items()):
         for instance in instances:
             views.setdefault(instance, InstanceView(instance, name))
-    for instance, view in views.items():
-        view.last_run = last_runs.get(instance)
-        if (run := open_runs.get(instance)) is not None:
-            view.open_run, view.under_way = True, under_way(run, view.schedule, state.owner)
-    return [views[instance] for instance in sorted(views) if only in (None, instance)]
+    chosen = [views[instance] for instance in sorted(views) if only is None or instance in only]
+    for view in chosen:
+        good = state.latest.makers.get(view.instance_id)
+        view.last_run = state.latest.ended.get(view.instance_id)
+        view.last_attempt = state.latest.attempts.get(view.instance_id)
+        view.last_good_at = good.started_at if good else None
+        view.open_run = state.open_runs.get(view.instance_id)
+        view.in_order = state.order.of(view.instance_id)
+    return chosen
 
 
 def _backend_of(schedule: Schedule, fleet: Fleet) -> str | None:
@@ -204,27 +204,77 @@ def _judge_freezes(view: InstanceView, records: FreezeRecords, fleet: Fleet, con
         view.over_budget = why_over_budget(view.longest, view.max_freeze)
 
 
-async def _ask(view: InstanceView, fleet: Fleet, limiter: trio.CapacityLimiter, now: datetime) -> None:
-    instance = view.instance_id
-    async with limiter:
-        try:
-            backend = fleet.backends[fleet.resolve(view.backend)]
-            status = await answer("state", ANSWER_S, lambda: backend.state(instance))
-            view.state = status.state
-        except (BackendError, UnknownBackendError) as error:
-            view.trouble = str(error)
-            if isinstance(error, UnknownBackendError):
-                return
-        try:
-            listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(instance))
-            found = sorted(scheduled_only(instance, listed), key=lambda s: (s.created_at, s.id))
-            view.future = future_dated(found, now)
-            view.snapshots = tuple(snapshot for snapshot in found if snapshot not in view.future)
-        except BackendError as error:
-            view.trouble = view.trouble or str(error)
+async def _ask_all(overview: Overview, fleet: Fleet, at_work: AtWork) -> None:
+    turns: defaultdict[str | None, trio.CapacityLimiter] = defaultdict(lambda: trio.CapacityLimiter(AT_ONCE))
+
+    async def ask(view: InstanceView) -> None:
+        async with turns[view.backend]:
+            if at_work.on(view.instance_id):
+                view.trouble = None
+                view.state = view.open_run.guest if view.open_run else None
+                _take_snapshots(view, at_work.listed(view.instance_id), overview.at)
+            else:
+                await _ask(view, fleet, overview.at)
+
+    with trio.move_on_after(ALL_ANSWERS_S):
+        async with trio.open_nursery() as nursery:
+            for view in overview.instances:
+                view.trouble = NOT_IN_TIME
+                nursery.start_soon(ask, view)
 
 
-def _clock_warnings(schedules: Collection[Schedule], clock: Clock) -> list[str]:
+async def _ask(view: InstanceView, fleet: Fleet, now: datetime) -> None:
+    try:
+        name = fleet.resolve(view.backend)
+    except UnknownBackendError as error:
+        view.trouble = str(error)
+        return
+    troubles: list[str] = []
+    async with fleet.lease(name) as backend, trio.open_nursery() as nursery:
+        nursery.start_soon(_noting, troubles, partial(_ask_state, backend, view))
+        nursery.start_soon(_noting, troubles, partial(_ask_snapshots, backend, view, now))
+    view.trouble = troubles[0] if troubles else None
+
+
+async def _ask_state(backend: Backend, view: InstanceView) -> None:
+    view.state = (await answer("state", ANSWER_S, lambda: backend.state(view.instance_id))).state
+
+
+async def _ask_snapshots(backend: Backend, view: InstanceView, now: datetime) -> None:
+    listed = await answer("list", ANSWER_S, lambda: backend.list_snapshots(view.instance_id))
+    _take_snapshots(view, scheduled_only(view.instance_id, listed), now)
+
+
+async def _noting(troubles: list[str], ask: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await ask()
+    except BackendError as error:
+        troubles.append(str(error))
+    except Exception as error:  # noqa: BLE001 - a bug in one backend hides nothing of the others
+        _log.exception("internal error of a backend")
+        troubles.append(f"internal error: {error!r}")
+
+
+def _take_snapshots(view: InstanceView, found: Collection[Snapshot] | None, now: datetime) -> None:
+    if found is not None:
+        in_order = sorted(found, key=lambda s: (s.created_at, s.id))
+        view.future = future_dated(in_order, now)
+        view.snapshots = tuple(snapshot for snapshot in in_order if snapshot not in view.future)
+
+
+def _clock_doubts(schedules: Collection[Schedule], watch: ClockWatch) -> list[str]:
     by_age = [schedule.interval for schedule in schedules if schedule.retention.max_age]
-    why = ClockWatch(clock).why_age_waits(min(by_age)) if by_age else None
+    why = watch.why_age_waits(min(by_age)) if by_age else None
     return [f"snapshots are not pruned by age for now: {why}"] if why else []
+
+
+def _warnings_of(view: InstanceView) -> list[str]:
+    warnings = []
+    if view.over_budget is not None:
+        warnings.append(f"its next run will not begin: {view.over_budget}")
+    warnings += [
+        f"snapshot {snapshot.name} is dated in the future: neither counted nor deleted" for snapshot in view.future
+    ]
+    of_last_run = view.last_run.warnings if view.last_run else ()
+    told = view.over_budget is not None
+    return warnings + [f"last run: {warning}" for warning in of_last_run if not (told and NOT_AGAIN in warning)]

@@ -19,7 +19,7 @@ BACKLOG = 128
 MOST_BYTES = 107
 """How long a path the kernel takes for a socket."""
 _SYSTEM_STATE = Path("/var/lib/hypemand")
-_SYSTEM_SOCKET = Path("/run/hypemand/api.sock")
+SYSTEM_SOCKET = Path("/run/hypemand/api.sock")
 _LOCK_S = 2.0
 
 
@@ -34,7 +34,7 @@ def socket_path(config: Config) -> Path:
     """
     if config.api.socket is not None:
         return config.api.socket
-    return _SYSTEM_SOCKET if config.state_dir == _SYSTEM_STATE else config.state_dir / _SYSTEM_SOCKET.name
+    return SYSTEM_SOCKET if config.state_dir == _SYSTEM_STATE else config.state_dir / SYSTEM_SOCKET.name
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ WORLD = (
     "config edit",
     "API put",
     "API delete",
+    "API run",
     "hand edit",
     "invalid hand edit",
     "operator pauses",

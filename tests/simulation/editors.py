@@ -1,6 +1,7 @@
 """What people do to schedules meanwhile: in the config, over the API, in the files; see `events` for when."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from random import Random
@@ -9,9 +10,9 @@ from typing import TYPE_CHECKING
 import orjson
 from attrs import define, evolve, field
 
-from hypemand.config import ScheduleEntry
-from hypemand.core.cadence import first_run
-from hypemand.core.model import InstanceId, Retention, Schedule, Settings
+from hypemand.config import RetentionEntry, ScheduleEntry
+from hypemand.core.model import InstanceId, Retention, Schedule
+from hypemand.engine.requests import ConflictError, RequestRefusedError, Requests, SetSchedule
 from tests.disks import Crash
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ class Editors:
     rng: Random
     edited: set[str] = field(factory=set)
     made_over_api: set[str] = field(factory=set)
+    _asked: Requests | None = field(init=False, default=None)
+    _busy: set[str] = field(init=False, factory=set)
 
     async def edit_config(self) -> None:
         world, rng = self.world, self.rng
@@ -100,44 +103,90 @@ class Editors:
         in_config = {entry.instance for entry in world.config.schedules}
         free = [(name, i) for name in ("alpha", "beta") for i in world.hypervisors[name].machines if i not in in_config]
         if free and world.life.serves:
-            name, instance = rng.choice(free)
+            _, instance = rng.choice(free)
             self.world.chaos.note("world", "API put")
-            self._in_process(lambda: self._put_now(name, instance))
+            self._in_process(lambda: self._put_now(instance))
 
-    async def _put_now(self, backend: str, instance: InstanceId) -> None:
-        world, rng = self.world, self.rng
-        engine = world.life.engine
+    @property
+    def _requests(self) -> Requests:
+        """What the API of the daemon that lives now asks its engine by."""
+        engine = self.world.life.engine
         assert engine is not None
-        now, interval = world.clock.now(), timedelta(minutes=rng.choice([2, 3, 5]))
-        present = engine.store.schedules.get(instance)
-        if instance in engine.store.unreadable_instances or (present is not None and present.managed_by != "api"):
+        if self._asked is None or self._asked.engine is not engine:
+            self._asked = Requests(engine)
+            self._busy.clear()
+        return self._asked
+
+    @contextmanager
+    def _asking(self, instance: str) -> Iterator[bool]:
+        """One client for each instance: what two ask for at once, nobody knows. Whether this one may."""
+        requests = self._requests
+        if instance in self._busy:
+            yield False
             return
-        retention = Retention(max_count=rng.choice([2, 3]))
-        at = first_run(instance, interval, now=now, wanted=None, zone=world.clock.zone())
-        made = present or Schedule(
-            instance_id=instance, interval=interval, retention=retention, created_at=now, updated_at=now, next_run_at=at
-        )
-        schedule = evolve(
-            made,
-            interval=interval,
-            retention=retention,
+        self._busy.add(instance)
+        try:
+            yield True
+        finally:
+            if self._asked is requests:
+                self._busy.discard(instance)
+
+    async def _put_now(self, instance: InstanceId) -> None:
+        requests, ledger, rng = self._requests, self.world.ledger, self.rng
+        interval = timedelta(minutes=rng.choice([2, 3, 5]))
+        retention = RetentionEntry(max_count=rng.choice([2, 3]))
+        wanted = SetSchedule(interval=interval, retention=retention, metadata={"put": str(rng.randrange(1000))})
+        with self._asking(instance) as may:
+            present = requests.engine.store.schedules.get(instance)
+            if not may or (present is not None and present.managed_by != "api"):
+                return
+            is_certain = present is not None and len(ledger.wished.get(instance, [])) == 1
+            new_grid = not is_certain or present is None or present.interval != interval
+            was_made = instance in self.made_over_api
+            expected = await self._expected(instance, wanted)
+            before = [*ledger.wished.get(instance, [None])]
+            ledger.wish(expected, instance, acknowledged=False)
+            if new_grid:
+                ledger.new_grid(instance)
+            self.world.keeps(instance, expected.retention)
+            self.made_over_api.discard(instance)
+            try:
+                made = await requests.put(instance, wanted, "somebody")
+            except RequestRefusedError as error:
+                self.world.trace(f"put of {instance} refused: {error}")
+                if "can't be written" not in str(error):  # nothing was done
+                    ledger.wished[instance] = before
+                    if was_made:
+                        self.made_over_api.add(instance)
+                return
+            asked = (wanted.interval, wanted.kept(made.retention), wanted.metadata)
+            if (made.interval, made.retention, made.metadata) != asked:
+                self.world.oracle.fail(5, "a put has another result than was asked for", f"{instance}: {made}")
+            ledger.wish(made, instance, acknowledged=True)
+            self.made_over_api.add(instance)
+            self.world.intervals[instance] = interval.total_seconds()
+            if new_grid:
+                ledger.new_grid(instance)
+
+    async def _expected(self, instance: InstanceId, wanted: SetSchedule) -> Schedule:
+        """What the schedule of *instance* is going to be, as far as a user sees it."""
+        store, now = self._requests.engine.store, self.world.clock.now()
+        before = store.schedules.get(instance) or await store.read_retired(instance)
+        made = before or Schedule(
+            instance_id=instance,
+            interval=wanted.interval,
+            retention=Retention(),
+            created_at=now,
             updated_at=now,
-            next_run_at=at,
-            backend=backend,
-            metadata={"put": str(rng.randrange(1000))},
-            settings=Settings(),
-            extra={"x-unknown": rng.randrange(1000)},
+            next_run_at=now,
         )
-        world.ledger.wish(schedule, instance, acknowledged=False)
-        world.ledger.new_grid(instance)
-        world.keeps(instance, retention)
-        self.made_over_api.discard(instance)
-        await engine.store.put(schedule)
-        world.ledger.wish(schedule, instance, acknowledged=True)
-        self.made_over_api.add(instance)
-        engine.scheduler.refresh(instance)
-        world.intervals[instance] = interval.total_seconds()
-        world.ledger.new_grid(instance)
+        return evolve(
+            made,
+            interval=wanted.interval,
+            retention=wanted.kept(made.retention),
+            metadata=wanted.metadata,
+            settings=evolve(made.settings, first_run=None, enabled=True),
+        )
 
     def came_back(self, instance: str) -> None:
         """Somebody's instance is there again; a schedule made over the API may have ended with it."""
@@ -157,8 +206,7 @@ class Editors:
     async def retry_api(self) -> None:
         """Whoever got no answer asks again."""
         for instance in sorted(self.world.ledger.wished.keys() - self.made_over_api):
-            name = instance.split("-", maxsplit=1)[0]
-            self._in_process(lambda i=instance, n=name: self._put_now(n, InstanceId(i)))  # type: ignore[misc]
+            self._in_process(lambda i=instance: self._put_now(InstanceId(i)))  # type: ignore[misc]
 
     async def delete(self) -> None:
         made = sorted(self.made_over_api)
@@ -168,15 +216,40 @@ class Editors:
             self._in_process(lambda: self._delete_now(InstanceId(instance)))
 
     async def _delete_now(self, instance: InstanceId) -> None:
-        world = self.world
-        engine = world.life.engine
-        assert engine is not None
-        self.made_over_api.discard(instance)
-        world.ledger.wish(None, instance, acknowledged=False)
-        world.ledger.new_grid(instance)
-        await engine.store.remove(instance)
-        world.ledger.wish(None, instance, acknowledged=True)
-        engine.scheduler.refresh(instance)
+        requests, ledger = self._requests, self.world.ledger
+        with self._asking(instance) as may:
+            if not may:
+                return
+            self.made_over_api.discard(instance)
+            before = [*ledger.wished.get(instance, [None])]
+            ledger.wish(None, instance, acknowledged=False)
+            ledger.new_grid(instance)
+            try:
+                await requests.delete(instance, "somebody")
+            except RequestRefusedError as error:
+                self.world.trace(f"delete of {instance} refused: {error}")
+                if isinstance(error, ConflictError):  # nothing was done
+                    ledger.wished[instance] = before
+                    self.made_over_api.add(instance)
+                return
+            ledger.wish(None, instance, acknowledged=True)
+
+    async def run_now(self) -> None:
+        """Somebody wants a snapshot at once, of any instance."""
+        instance = InstanceId(self.rng.choice(self.world.should_run()))
+        if self.world.life.serves:
+            self.world.chaos.note("world", "API run")
+            self._in_process(lambda: self._run_now(instance))
+
+    async def _run_now(self, instance: InstanceId) -> None:
+        ledger = self.world.ledger
+        try:
+            run = await self._requests.run_now(instance)
+        except RequestRefusedError as error:
+            self.world.trace(f"run of {instance} refused: {error}")
+            return
+        if run is not None and run.run_id not in ledger.finished:
+            self.world.oracle.fail(5, "a run was told to be over that is not recorded", run.run_id)
 
     # By hand, in the files
 

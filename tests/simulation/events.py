@@ -81,6 +81,7 @@ class Events:
             self._suspend,
             self._unsynchronised,
             editors.delete,
+            editors.run_now,
             editors.edit_by_hand,
             editors.break_by_hand,
             hosts.operator_lets_run,
@@ -137,10 +138,12 @@ class Events:
         clock = self.world.clock
         if clock.offset != offset:
             unseen = self.jumped_at is not None and trio.current_time() - self.jumped_at < UNSEEN_S
+            ahead = offset > clock.offset  # by more than any interval: told from any line that was written before
             clock.offset = offset
             self.jumped_at, self.jumped_after_s = trio.current_time(), clock.went_by_s()
             self.jumped_life = self.world.life.number if self.world.life.serves else 0
-            self.jump_in_log = self.world.ledger.boot_with_lines == self.world.boot_id
+            boot = self.world.ledger.boot_with_lines
+            self.jump_in_log = boot == self.world.boot_id or (ahead and bool(boot))
             if unseen and not offset:  # gone before anybody looked at the clock
                 self.jumped_life, self.jump_in_log = 0, False
             self.world.ledger.new_grid()

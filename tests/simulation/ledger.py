@@ -97,6 +97,8 @@ class Ledger:
             self.used.pop(instance, None)
 
     def _check_slot(self, line: Document) -> None:
+        if line["trigger"] == "manual":
+            return  # beside the slots
         instance = line["instance_id"]
         due_at, now = _instant(line["due_at"]), self.world.clock.now()
         began_s = trio.current_time() - (now - _instant(self._began(line))).total_seconds()
