@@ -25,6 +25,7 @@ from hypemand.surface.access import Access, CurrentAccess
 from hypemand.surface.api import api_routes, make_app
 from hypemand.surface.control import Control, control_routes
 from hypemand.surface.hooks import Hooks
+from hypemand.surface.lasting import keep_up
 from hypemand.surface.log import set_up_log
 from hypemand.surface.metrics import Metrics
 from hypemand.surface.openapi import openapi_route
@@ -131,15 +132,15 @@ class Daemon:
 
     async def _serve_api(self, engine: Engine, api: Serving) -> None:
         await engine.scheduler.serving.wait()
-        await api.serve()
+        await keep_up("API", api.serve)
 
     async def _tell_of(self, engine: Engine, metrics: Metrics) -> None:
         """From the first on: what was left open is settled before anything is served."""
         hooks = Hooks(lambda: self.config.hooks)
         with engine.events.heard_by(hooks.heard), engine.events.heard_by(metrics.heard):
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(metrics.keep_counting)
-                await hooks.serve()
+                nursery.start_soon(keep_up, "metrics", metrics.keep_counting)
+                await keep_up("hooks", hooks.serve)
 
     def _unusable(self, error: OSError) -> StateUnusableError:
         where = error.filename or self.config.state_dir
@@ -175,7 +176,10 @@ class Daemon:
             config = await self._read_config()
             if config is not None:
                 await self._apply(config)
-            await self.access.reread(self.config.api)  # also when the config is not: a token may have been taken away
+            with trio.move_on_after(CONFIG_PATIENCE_S) as reading:
+                await self.access.reread(self.config.api)  # also when the config is not: a token may be taken away
+            if reading.cancelled_caught:
+                _log.error("tokens and TLS unreadable; the ones before stay in force", error="reading them hangs")
 
     async def _read_config(self) -> Config | None:
         log = _log.bind(path=str(self.config_path))

@@ -39,12 +39,18 @@ class UnsyncedDisk(InlineDisk):
 
 
 class LateDisk(InlineDisk):
-    """Does its work at once, but while it has a *gate*, the answer waits for that: others get in between."""
+    """Does its work at once, but while it has a *gate*, the answer waits for that: others get in between.
+
+    The work itself waits for *begins*, in the same way.
+    """
 
     gate: trio.Event | None = None
+    begins: trio.Event | None = None
 
     async def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
         gate = self.gate
+        if self.begins is not None:
+            await self.begins.wait()
         result = await super().call(work, *args)
         if gate is not None:
             await gate.wait()

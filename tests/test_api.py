@@ -5,6 +5,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,12 @@ from structlog.typing import EventDict
 from trio.testing import MockClock
 
 from hypemand.config import ScheduleEntry
-from hypemand.core.model import InstanceId, InstanceState
+from hypemand.core.errors import InvalidInput
+from hypemand.core.model import InstanceId, InstanceState, Schedule
 from hypemand.engine.requests import Requests
-from hypemand.surface.api import api_routes, make_app
+from hypemand.surface import api
+from hypemand.surface.api import api_routes, make_app, schedule_answer
+from hypemand.surface.bodies import _object
 from tests.asking import Answer, ask
 from tests.world import World, entry, world
 
@@ -55,6 +59,33 @@ async def test_a_schedule_is_made_read_listed_and_deleted(tmp_path: Path, autoju
         assert (await ask(app, "GET", WEB)).json["code"] == "not_found"
         assert (await ask(app, "DELETE", WEB)).status == 404
         assert (await ask(app, "GET", "/snapshot-schedules")).json == []
+
+
+async def test_however_many_ask_for_all_schedules_others_have_their_turn(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answered, turns = 0, [0]
+
+    def counting(schedule: Schedule) -> dict[str, Any]:
+        nonlocal answered
+        answered += 1
+        return schedule_answer(schedule)
+
+    async def take_turns() -> None:
+        while True:
+            await trio.lowlevel.checkpoint()
+            turns.append(answered)
+
+    monkeypatch.setattr(api, "schedule_answer", counting)
+    entries = [entry(f"web-{number}", HOUR) for number in range(1, 201)]
+    async with served(tmp_path, *entries) as (_, app), trio.open_nursery() as turning:
+        turning.start_soon(take_turns)
+        async with trio.open_nursery() as asking:
+            for _ in range(10):
+                asking.start_soon(ask, app, "GET", "/snapshot-schedules")
+        turning.cancel_scope.cancel()
+    assert answered == 10 * 200
+    assert max(after - before for before, after in pairwise(turns)) <= 100
 
 
 async def test_an_answer_has_the_documented_keys_alone_and_times_in_utc(
@@ -135,6 +166,8 @@ BAD = [
     (b'{"interval": "1h", "retention": {"max_count": 1e400}}', ["retention.max_count: inf must be a whole number"]),
     (b'{"interval": "1h", "retention": {"max_count": 1e-400}}', ["retention.max_count: 0.0 must be a whole number"]),
     (b'{"interval": "1h", "retention": {"max_count": 1e99999999}}', ["retention.max_count: inf must be a whole"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e99999999999999999999}}', ["not JSON", "no number"]),
+    (b'{"interval": "1h", "retention": {"max_count": 1e-99999999999999999999}}', ["not JSON", "no number"]),
     (b'{"interval": "1h", "interval": "1h", "retention": {}}', ["interval: is there twice"]),
     (b'{"interval": "1h", "retention": {}, "metadata": {"a": "1", "a": "2"}}', ["a: is there twice"]),
     (b'{"interval": "1h", "retention": ' + b"[" * 60_000, ["nested too deeply"]),
@@ -154,6 +187,23 @@ async def test_a_body_that_breaks_rules_is_refused_by_field_and_rule(
         assert [one for one in told if one not in answer.json["message"]] == [], answer.json["message"]
         assert len(answer.body) < 8000
         assert not made.engine.store.schedules
+
+
+def test_a_key_that_is_there_twice_is_not_looked_for_again_and_again() -> None:
+    compared = 0
+
+    class Key(str):
+        __slots__ = ()
+        __hash__ = str.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            nonlocal compared
+            compared += 1
+            return str.__eq__(self, other)
+
+    with pytest.raises(InvalidInput, match="k7: is there twice"):
+        _object([(Key(f"k{number}"), 0) for number in [*range(2000), 7]])
+    assert compared < 2000 * 10
 
 
 async def test_a_whole_number_may_be_written_in_each_way_of_json(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -358,3 +358,11 @@ async def test_both_formats_say_the_same(tmp_path: Path, autojump_clock: MockClo
     assert openmetrics.content.endswith(b"# EOF\n")
     assert openmetrics.content.count(b"# EOF") == 1
     assert posted.status_code == 405
+
+
+async def test_who_asks_for_a_format_that_is_none_gets_the_usual_one(tmp_path: Path, autojump_clock: MockClock) -> None:
+    async with metered(tmp_path) as (_, metrics):
+        for accept in (f"{OPENMETRICS.partition(';')[0]}; version=zz", "text/plain; version=;q=", ";=,;"):
+            text, content_type = await metrics.page(accept)
+            assert content_type.startswith("text/plain; version=0.0.4")
+            assert b"hypemand_build_info" in text

@@ -102,8 +102,23 @@ async def test_no_hypervisor_is_asked_during_a_run_nor_twice_at_once(tmp_path: P
         await trio.sleep(3600 + 200)
     assert not [at for at in busy.times("list_snapshots", "db-1") if 3600 <= at < 3700]
     asked = [at for at, call, _ in hung.calls if call == "list_snapshots"]
-    assert len(asked) > 100
+    assert len(asked) > 50
     assert min(after - before for before, after in itertools.pairwise(asked)) >= 10
+
+
+async def test_what_hangs_is_asked_once_in_a_round_and_keeps_no_other_instance_unknown(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    names = [f"web-{number}" for number in range(20)]
+    hung = names[:3]
+    async with metered(tmp_path, *[entry(name, timedelta(days=1)) for name in names]) as (made, metrics):
+        for name in hung:
+            made.backend.fail("list_snapshots", name)
+        await trio.sleep(600)
+        page = await scrape(metrics)
+        asked = sum(len(made.backend.times("list_snapshots", name)) for name in hung)
+    assert [name for name in names if page.value("hypemand_snapshots_kept", name) is None] == hung
+    assert len(hung) <= asked <= 11
 
 
 async def test_a_bug_in_a_backend_stops_no_counting(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -673,6 +673,23 @@ async def test_what_changes_while_files_are_read_again_is_newer_than_what_was_re
     assert not in_quarantine(tmp_path)
 
 
+async def test_what_is_made_and_removed_while_files_are_read_again_stays_removed(tmp_path: Path) -> None:
+    disk = LateDisk()
+    store = await loaded(tmp_path, disk)
+    disk.begins, disk.gate = begins, gate = trio.Event(), trio.Event()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(store.reread)  # it knows what was there
+        await trio.testing.wait_all_tasks_blocked()
+        disk.begins = disk.gate = None
+        await store.put(schedule())
+        begins.set()
+        await trio.testing.wait_all_tasks_blocked()  # now it has read
+        await store.remove(WEB)
+        gate.set()
+    assert not store.schedules
+    assert not (store.directory / "web-1.json").exists()
+
+
 async def test_a_write_under_way_is_not_taken_for_an_edit(tmp_path: Path) -> None:
     disk = LateDisk()
     store = await loaded(tmp_path, disk)

@@ -1,10 +1,13 @@
 """Tokens and TLS files: what is taken, what is refused, and that no token is ever shown."""
 
+import errno
 import hmac
 import os
+import ssl
 from pathlib import Path
 
 import pytest
+from attrs import evolve
 from structlog.typing import EventDict
 
 from hypemand.config import ApiConfig
@@ -310,3 +313,34 @@ async def test_a_renewed_certificate_is_taken_up_and_a_broken_one_is_not(tmp_pat
     await current.reread(api)
     assert current.tls() is not first
     assert current.tls() is not None
+
+
+async def test_what_is_encrypted_stays_so_until_a_restart(tmp_path: Path, heard_log: list[EventDict]) -> None:
+    plain = ApiConfig(listen="127.0.0.1:8080", tokens_file=token_file(tmp_path, f"me:{ONE}"))
+    with_tls = evolve(plain, listen="0.0.0.0:8443", tls_cert=TLS / "cert.pem", tls_key=TLS / "key.pem")
+    current = CurrentAccess(read_access(with_tls))
+    first = current.tls()
+    token_file(tmp_path, f"me:{TWO}")
+    await current.reread(plain)
+    assert current.tls() is first is not None
+    assert current.client_of(f"Bearer {TWO}") == "me"
+    assert [line["event"] for line in heard_log if line["log_level"] == "warning"] == [
+        "TCP without TLS takes a restart; until then it is encrypted as before"
+    ]
+
+
+async def test_a_certificate_that_is_taken_away_while_it_is_read_leaves_the_one_before_in_force(
+    tmp_path: Path, heard_log: list[EventDict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listen = ApiConfig(listen="127.0.0.1:8080", tokens_file=token_file(tmp_path))
+    api = evolve(listen, tls_cert=TLS / "cert.pem", tls_key=TLS / "key.pem")
+    current = CurrentAccess(read_access(api))
+    first = current.tls()
+
+    def load(*_: object, **__: object) -> None:
+        raise FileNotFoundError(errno.ENOENT, "no such file or directory")
+
+    monkeypatch.setattr(ssl.SSLContext, "load_cert_chain", load)
+    await current.reread(api)
+    assert current.tls() is first is not None
+    assert [line["log_level"] for line in heard_log] == ["error"]

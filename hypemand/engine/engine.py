@@ -73,12 +73,17 @@ class Engine:
     """One engine over one state directory, whose lock the caller holds.
 
     Call `load` first; then `start` and `serve`, or only ``recovery.settle_all``.
+
+    Attributes:
+        problems: What the config wants and can't be had as things are.
+        closed: Set at the end: there are no backends any more.
     """
 
     def __init__(self, config: Config, fleet: Fleet, outside: Outside, background: trio.Nursery) -> None:
         self.config = config
         self.fleet = fleet
         self.problems: tuple[str, ...] = ()
+        self.closed = False
         self._outside = outside
         self._background = background
         self._applying = trio.Lock()
@@ -248,6 +253,7 @@ class Engine:
 
     async def close(self) -> None:
         """Write what is not written yet, and let go of files and backends."""
+        self.closed = True
         with trio.CancelScope(shield=True):
             await self._save_unsaved()
             await self.fleet.aclose()
@@ -271,6 +277,10 @@ class Engine:
         self._use_backends()
         for instance in await self._reconcile(None):
             self.scheduler.refresh(instance)
+        self._look_now.set()
+
+    def look_soon(self) -> None:
+        """Bring the schedules in line with the config again; what stood in the way of an entry may be gone."""
         self._look_now.set()
 
     async def reread(self) -> None:

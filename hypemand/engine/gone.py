@@ -72,12 +72,28 @@ class GoneWatch:
             return
         if now - schedule.gone_since_at < CERTAIN_AFTER:
             return
-        if await self._existed_since(backend, schedule, now):
-            await self._recorder.put(evolve(schedule, gone_since_at=now))
+        await self._prune_and_end(backend, schedule, now, result)
+
+    async def _prune_and_end(self, backend: Backend, schedule: Schedule, now: datetime, result: PruneResult) -> None:
+        """Do what is due, unless a client changes that meanwhile: to ask the hypervisor takes its time."""
+        existed = await self._existed_since(backend, schedule, now)
+        current = self._still_gone(schedule)
+        if current is None:
             return
-        await self._pruner.prune(backend, schedule, protected=(), result=result)
-        if not result.errors and outlived(result.left, schedule.retention):
-            await self._end(schedule)
+        if existed:
+            await self._recorder.put(evolve(current, gone_since_at=now))
+            return
+        await self._pruner.prune(backend, current, protected=(), result=result)
+        current = self._still_gone(schedule)
+        if current is not None and not result.errors and outlived(result.left, current.retention):
+            await self._end(current)
+
+    def _still_gone(self, schedule: Schedule) -> Schedule | None:
+        """*schedule* as it is now; None where it was taken out, or its instance is known to be there."""
+        current = self._store.schedules.get(schedule.instance_id)
+        if current is None or current.gone_since_at != schedule.gone_since_at:
+            return None
+        return current
 
     async def _existed_since(self, backend: Backend, schedule: Schedule, now: datetime) -> bool:
         """Whether a snapshot was made of the instance after it is said to have gone: a clock was wrong then."""

@@ -62,7 +62,8 @@ class Pruner:
         A failure keeps the others from nothing; a hypervisor that does not
         answer at all ends it. Decided anew before each: a deletion may take
         minutes, and meanwhile the clock may jump, and somebody may want to
-        keep more, or take the schedule out.
+        keep more, or take the schedule out. It ends when an instance that was
+        gone is there again: then other snapshots are protected.
 
         Args:
             protected: Ids that stay whatever the retention says.
@@ -80,6 +81,8 @@ class Pruner:
         self._warn(schedule, snapshots, protected)
         tried: set[str] = set()
         while (current := self._store.schedules.get(instance)) is not None:
+            if current.gone_since_at != schedule.gone_since_at:
+                break
             # From all that were there: next to those that are deleted by now, a wrong date is seen to be wrong.
             expired = [one for one in self._expired(current, snapshots, protected) if one.snapshot.id not in tried]
             if not expired:

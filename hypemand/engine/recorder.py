@@ -91,10 +91,14 @@ class Recorder:
         """A schedule that was taken out during its run has it in its file when it is put back."""
         try:
             retired = await self._store.read_retired(run.instance_id)
-            if retired is not None:
+            if retired is not None and run.instance_id not in self._store.schedules:
                 await self._store.put_retired(self._after(retired, run))
         except OSError as error:
             _log.error("retired schedule not written", instance_id=run.instance_id, error=str(error))
+            return
+        current = self._store.schedules.get(run.instance_id)
+        if current is not None and retired is not None and current.created_at == retired.created_at:
+            await self.put(self._after(current, run))  # put back meanwhile, from the file as it was before
 
     async def put(self, schedule: Schedule) -> None:
         """Write *schedule*; where that fails it is in force, and written later."""

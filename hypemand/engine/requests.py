@@ -14,12 +14,15 @@ from hypemand.core.cadence import first_run
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import InstanceId, Interval, ManagedBy, Metadata, NamePrefix, Retention, RunFinished, Schedule
 from hypemand.engine.engine import Engine
+from hypemand.engine.fleet import UnknownBackendError
 from hypemand.engine.limits import answer
 from hypemand.engine.reconcile import put_back
 from hypemand.engine.scheduler import BusyError, RunUnderWay, StoppingError
 
 ASK_S = 5.0
 """How long a backend is waited for that is asked whether it knows an instance."""
+MOST_WAITING = 64
+"""So many changes of one schedule wait for their turn."""
 _log = structlog.get_logger()
 
 
@@ -108,13 +111,14 @@ class Requests:
         Raises:
             NotFoundError: No backend knows the instance.
             ConflictError: The config has a schedule for it, several backends know it, or its file can't be read.
-            UnavailableError: Whether it exists can't be told now; or the schedule can't be written yet. Then it is
-                in force, and written as soon as that is possible.
+            UnavailableError: Whether it exists can't be told now, or hypemand is about to end; or the schedule can't
+                be written yet. Then it is in force, and written as soon as that is possible.
         """
         async with self._turn(instance):
             self._refuse_if_not_ours(instance)
             store, clock = self.engine.store, self.engine.clock
             home = await self._home(instance)
+            self._refuse_if_closed()
             retired = None
             if instance not in store.schedules:
                 retired = await store.read_retired(instance)
@@ -158,7 +162,10 @@ class Requests:
                 if instance not in self.engine.store.schedules:
                     self.engine.store.hold(schedule)
                 raise _unwritable(instance, error) from error
-        self.engine.scheduler.refresh(instance)
+            finally:  # also when it stays: a slot that came up meanwhile was passed over
+                self.engine.scheduler.refresh(instance)
+            await self._forget_retired(instance)  # one that a full disk left there, before this one was in force
+        self.engine.look_soon()  # the config may have been waiting to have the instance
         _log.info("schedule deleted by a client; its snapshots stay", instance_id=instance, client=client)
 
     def begin_run(self, instance: InstanceId) -> RunUnderWay:
@@ -191,6 +198,8 @@ class Requests:
     @asynccontextmanager
     async def _turn(self, instance: InstanceId) -> AsyncIterator[None]:
         lock = self._turns.setdefault(instance, trio.Lock())
+        if lock.statistics().tasks_waiting >= MOST_WAITING:  # they go on when their clients have left
+            raise UnavailableError(f"too many wait to change the schedule of {instance!r}")
         try:
             async with lock:
                 yield
@@ -207,6 +216,10 @@ class Requests:
         if (present is None and by_name) or (present is not None and present.managed_by is ManagedBy.CONFIG):
             raise ConflictError(f"the schedule of {instance!r} is managed by the config file: change it there")
 
+    def _refuse_if_closed(self) -> None:
+        if self.engine.closed:  # its backends are let go of: nobody would know any instance
+            raise UnavailableError("hypemand stops just now: nothing is changed any more")
+
     def _refuse_if_a_pattern_has(self, instance: InstanceId, backend: str) -> None:
         config = self.engine.config
         if instance in self.engine.store.schedules:
@@ -217,6 +230,7 @@ class Requests:
 
     async def _home(self, instance: InstanceId) -> _Home:
         """The backend that knows *instance*, or, while nobody can tell, the one that had it."""
+        self._refuse_if_closed()
         knowing: list[str] = []
         silent: list[str] = []
 
@@ -240,19 +254,28 @@ class Requests:
             names = ", ".join(sorted(knowing))
             raise ConflictError(f"instance {instance!r} is known to several backends: {names}")
         present = self.engine.store.schedules.get(instance)
-        if knowing and present is not None and present.backend in silent:
+        home = None if present is None else self._backend_of(present)
+        if knowing and home in silent:
             raise UnavailableError(
-                f"instance {instance!r} is that of {present.backend}, which does not answer,"
+                f"instance {instance!r} is that of {home}, which does not answer,"
                 f" and {knowing[0]} knows one of that name, too"
             )
         if knowing:
             return _Home(knowing[0], sure=True)
         return await self._home_before(instance, sorted(silent))
 
+    def _backend_of(self, schedule: Schedule) -> str | None:
+        """The backend of *schedule*; one that Hypeman wrote names none, and has the only one there is."""
+        try:
+            return self.engine.fleet.resolve(schedule.backend)
+        except UnknownBackendError:
+            return None
+
     async def _home_before(self, instance: InstanceId, silent: list[str]) -> _Home:
         before = self.engine.store.schedules.get(instance) or await self.engine.store.read_retired(instance)
-        if before is not None and before.backend in silent:
-            return _Home(before.backend, sure=False)
+        home = None if before is None else self._backend_of(before)
+        if home in silent:
+            return _Home(home, sure=False)
         if silent:
             raise UnavailableError(
                 f"whether there is an instance {instance!r} can't be told now: no answer from {', '.join(silent)}"

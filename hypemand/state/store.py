@@ -32,6 +32,7 @@ class Store:
         self._schedules: dict[InstanceId, Schedule] = {}
         self._signatures: dict[InstanceId, Signature] = {}
         self._writing: dict[InstanceId, trio.Lock] = {}
+        self._forgotten: set[InstanceId] = set()  # since files began to be read again
         self.unsaved: set[InstanceId] = set()
         self.has_unsaved = trio.Event()
         self.unreadable: tuple[BadFile, ...] = ()  # left where they are, and never overwritten; `reread` tries again
@@ -101,7 +102,9 @@ class Store:
 
     def _changed_since(self, instance: InstanceId, known: Mapping[InstanceId, Signature]) -> bool:
         """Whether the file of *instance* was written or removed by us since it was *known*, or is just now."""
-        return self._lock(instance).locked() or self._signatures.get(instance) != known.get(instance)
+        if instance in self._forgotten or self._lock(instance).locked():
+            return True
+        return self._signatures.get(instance) != known.get(instance)
 
     async def _set_aside(self, bad: BadFile, known: Mapping[InstanceId, Signature]) -> None:
         instance = InstanceId(bad.path.stem)
@@ -147,6 +150,7 @@ class Store:
         """
         before = dict(self._schedules)
         known = dict(self._signatures)
+        self._forgotten.clear()
         try:
             scan = await self._disk.call(scan_schedules, self.directory, self._disk, known)
         except OSError as error:
@@ -297,6 +301,7 @@ class Store:
     def _forget(self, instance: InstanceId) -> None:
         self._schedules.pop(instance, None)
         self._signatures.pop(instance, None)
+        self._forgotten.add(instance)
         self.unsaved.discard(instance)
 
     def _lock(self, instance: InstanceId) -> trio.Lock:

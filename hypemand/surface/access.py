@@ -5,7 +5,7 @@ from pathlib import Path
 
 import structlog
 import trio
-from attrs import define, frozen
+from attrs import define, evolve, frozen
 
 from hypemand.config import ApiConfig
 from hypemand.core.errors import InvalidInput, Problem
@@ -39,6 +39,8 @@ def read_access(api: ApiConfig) -> Access:
         tokens = _tokens(api.tokens_file or credential())
     except InvalidInput as error:
         problems += [problem.under("api.tokens_file") for problem in error.problems]
+    except OSError as error:
+        problems.append(Problem("api.tokens_file", f"can't be read: {error.strerror}"))
     try:
         tls = _tls(api.tls_cert, api.tls_key)
     except InvalidInput as error:
@@ -74,6 +76,10 @@ class CurrentAccess:
                 _log.error(f"invalid tokens or TLS; {before}", error=str(problem))
             return
         if self.access is not None:
+            if access.tls is None and self.access.tls is not None:
+                # What listens may be reached from anywhere: tokens that come there are not to be sent in the clear.
+                _log.warning("TCP without TLS takes a restart; until then it is encrypted as before")
+                access = evolve(access, tls=self.access.tls)
             self.access = access
             _log.info("tokens in force", clients=list(access.tokens.clients), tls=access.tls is not None)
 
@@ -103,6 +109,8 @@ def _tls(cert: Path | None, key: Path | None) -> ssl.SSLContext | None:
         raise InvalidInput([Problem("tls_key", f"{key} is encrypted: write it without a passphrase")]) from None
     except ssl.SSLError as error:
         raise InvalidInput([_blamed(cert, key, error)]) from None
+    except OSError as error:  # taken away a moment ago, as it is being renewed
+        raise InvalidInput([Problem("tls_cert", f"{cert} or its key can't be read: {error.strerror}")]) from None
     return context
 
 

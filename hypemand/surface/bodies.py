@@ -1,6 +1,7 @@
 """Bodies of requests: read up to a limit, JSON taken strictly. Nothing of a client's text makes the answer long."""
 
 import json
+from collections import Counter
 from collections.abc import Iterable
 from decimal import Decimal
 from typing import Any, TypeVar
@@ -131,8 +132,8 @@ def _too_deep() -> InvalidInput:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     made = dict(pairs)
     if len(made) < len(pairs):  # which of both is meant, nobody can tell
-        keys = [key for key, _ in pairs]
-        raise InvalidInput([Problem(key, "is there twice") for key in made if keys.count(key) > 1][:_PROBLEMS_MOST])
+        times = Counter(key for key, _ in pairs)
+        raise InvalidInput([Problem(key, "is there twice") for key in made if times[key] > 1][:_PROBLEMS_MOST])
     if len(made) > _KEYS_MOST:
         raise InvalidInput([Problem("", f"an object in the body has {len(made)} keys; no such is ever right")])
     return made
@@ -140,7 +141,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _number(text: str) -> int | float:
     """JSON has one kind of number: 7.0 is a whole one, and so is 7e0."""
-    exact = Decimal(text)
+    try:
+        exact = Decimal(text)
+    except ArithmeticError:
+        raise ValueError(f"{text[:_KEYS_MOST]} is no number that can be held") from None
     return int(exact) if exact.adjusted() < 20 and exact == exact.to_integral_value() else float(text)
 
 

@@ -141,12 +141,15 @@ class Hooks:
                 stopping.set()
 
     async def _serve_until(self, stopping: trio.Event) -> None:
-        with self._life:
-            async with trio.open_nursery() as self._running:
-                self._start_waiting()
-                await stopping.wait()
-                self._life.deadline = trio.current_time() + (GRACE_S if self._grace_s is None else self._grace_s)
-        self._running = None
+        self._life = trio.CancelScope(shield=True)
+        try:
+            with self._life:
+                async with trio.open_nursery() as self._running:
+                    self._start_waiting()
+                    await stopping.wait()
+                    self._life.deadline = trio.current_time() + (GRACE_S if self._grace_s is None else self._grace_s)
+        finally:
+            self._running = None
         for lane in self._lanes:
             if lane.waiting:
                 _log.error("hooks not run: hypemand stops", hook=lane.name, hooks=len(lane.waiting))

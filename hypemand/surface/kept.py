@@ -87,9 +87,12 @@ class KeptSnapshots:
 
     async def _ask_each(self, backend: str, instances: Collection[InstanceId], busy: set[str]) -> None:
         for instance in instances:
+            began = trio.current_time()
             # A run tells by itself what came of it, and is not to be held up by questions.
             if instance in self._engine.store.schedules and instance not in self._engine.runner.active:
                 await self._ask(backend, instance)
+            if trio.current_time() - began >= ANSWER_S:
+                break  # where a filesystem hangs each question may cost a thread; next time the others come first
         busy.discard(backend)
 
     async def _ask(self, name: str, instance: InstanceId) -> None:

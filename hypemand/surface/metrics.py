@@ -1,6 +1,6 @@
 """``GET /metrics``: what the engine knows, for Prometheus. Nobody is asked for it, so nobody can hold it up."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 
 import trio
@@ -55,7 +55,7 @@ class Metrics:
         One page is made at a time, and every millisecond or so others have a
         turn: neither a thousand instances nor many who ask hold a run up.
         """
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = _encoder(accept)
         text: list[bytes] = []
         name = None
         async with self._turn:
@@ -92,6 +92,13 @@ class Metrics:
 
 
 _END = b"# EOF\n"
+
+
+def _encoder(accept: str) -> tuple[Callable[[Collector], bytes], str]:
+    try:
+        return choose_encoder(accept)
+    except (TypeError, ValueError):  # it asks for a version that is none
+        return choose_encoder("")
 
 
 @frozen

@@ -93,10 +93,17 @@ class Serving:
         self._socket_door = _Door(socket_app, lambda: None)
         self._tcp_door = None if tcp_app is None else _Door(tcp_app, tls)
         self._accepting = trio.CancelScope()
+        self._stopped = False
         self.over = trio.Event()
 
     async def serve(self) -> None:
-        """Open the doors, and serve who comes in until `stop`; then answer what has been asked."""
+        """Open the doors, and serve who comes in until `stop`; then answer what has been asked.
+
+        May be called again after it has failed.
+        """
+        self._accepting, self.over = trio.CancelScope(), trio.Event()
+        if self._stopped:
+            self._accepting.cancel()
         try:
             async with trio.open_nursery() as clients:
                 with self._accepting:
@@ -117,6 +124,7 @@ class Serving:
 
         Called before `serve`, nobody is let in at all.
         """
+        self._stopped = True
         self._accepting.cancel()
 
     async def _keep_control_socket(self, clients: trio.Nursery) -> None:
