@@ -14,9 +14,10 @@ from hypemand.config import Config, config_warnings
 from hypemand.config_files import load_config
 from hypemand.core.errors import HypemandError, InvalidInput
 from hypemand.core.fields import format_instant
-from hypemand.engine.engine import Engine, Outside, this_machine
+from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.guarding import Guarding, settle_command
+from hypemand.engine.outside import Outside, this_machine
 from hypemand.engine.reload import watch_file
 from hypemand.engine.requests import Requests
 from hypemand.state.files import Signature

@@ -17,7 +17,7 @@ from hypemand.backends.base import Settled
 from hypemand.config import ScheduleEntry
 from hypemand.core.cadence import jitter
 from hypemand.core.model import InstanceId, InstanceState, Retention, Snapshot
-from hypemand.engine.engine import Tempo
+from hypemand.engine.outside import Tempo
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.world import BOOT_ID, World, entry, world
 

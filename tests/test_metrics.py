@@ -12,7 +12,8 @@ from trio.testing import MockClock
 from hypemand.backends.base import BackendUnavailable, CaptureFailed
 from hypemand.config import RetentionEntry
 from hypemand.core.model import InstanceId, InstanceState
-from hypemand.engine.requests import Requests, SetSchedule
+from hypemand.engine.changes import SetSchedule
+from hypemand.engine.requests import Requests
 from tests.fakes import FakeBackend, FakeClock
 from tests.metered import HOUR, SOON, metered, now_and_then
 from tests.prometheus import OPENMETRICS, Page, scrape

@@ -18,7 +18,9 @@ from hypemand.backends.base import BackendUnavailable
 from hypemand.config import RetentionEntry, ScheduleEntry
 from hypemand.core.cadence import jitter
 from hypemand.core.model import InstanceId, ManagedBy, Retention
-from hypemand.engine.requests import ConflictError, NotFoundError, Requests, SetSchedule, UnavailableError
+from hypemand.engine.changes import SetSchedule
+from hypemand.engine.refusals import ConflictError, NotFoundError, UnavailableError
+from hypemand.engine.requests import Requests
 from hypemand.state.codec import decode_schedule
 from tests.disks import FaultyDisk, LateDisk
 from tests.fakes import FakeBackend, FakeClock

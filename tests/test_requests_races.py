@@ -16,7 +16,9 @@ from trio.testing import MockClock
 from hypemand.backends.base import InstanceNotFound
 from hypemand.config import RetentionEntry, ScheduleEntry
 from hypemand.core.model import InstanceId, ManagedBy, Snapshot
-from hypemand.engine.requests import MOST_WAITING, Requests, SetSchedule, UnavailableError
+from hypemand.engine.changes import SetSchedule
+from hypemand.engine.refusals import UnavailableError
+from hypemand.engine.requests import MOST_WAITING, Requests
 from tests.disks import FaultyDisk, InlineDisk, LateDisk
 from tests.fakes import FakeBackend, FakeClock
 from tests.world import World, entry, world

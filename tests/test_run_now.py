@@ -10,7 +10,8 @@ from trio.testing import MockClock
 
 from hypemand.core.model import InstanceId, Outcome, RunFinished, Trigger
 from hypemand.engine.events import Event, RunEnded, RunStepped, SnapshotsListed
-from hypemand.engine.requests import ConflictError, NotFoundError, Requests, UnavailableError
+from hypemand.engine.refusals import ConflictError, NotFoundError, UnavailableError
+from hypemand.engine.requests import Requests
 from tests.world import World, entry, world
 
 WEB = InstanceId("web-1")

@@ -13,9 +13,10 @@ from attrs import define, evolve
 from hypemand.backends.base import Backend
 from hypemand.config import BackendConfig, Config, RetentionEntry, RunsConfig, ScheduleEntry
 from hypemand.core.model import InstanceId, RunFinished, Schedule
-from hypemand.engine.engine import Engine, Outside, Tempo
+from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.limits import Patience
+from hypemand.engine.outside import Outside, Tempo
 from hypemand.state.files import Disk
 from hypemand.state.runlog import read_log
 from tests.disks import UnsyncedDisk

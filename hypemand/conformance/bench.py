@@ -15,8 +15,9 @@ from hypemand.backends.base import Backend, Surroundings
 from hypemand.config import BackendConfig, Config, RetentionEntry, RunsConfig, ScheduleEntry
 from hypemand.conformance.steps import Trap, Trapped
 from hypemand.core.model import InstanceId, RunFinished, RunStarted
-from hypemand.engine.engine import Engine, Tempo, this_machine
+from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import Fleet
+from hypemand.engine.outside import Tempo, this_machine
 from hypemand.state.files import Disk
 from hypemand.state.runlog import LogContent, read_log
 

@@ -1,22 +1,18 @@
 """The engine's parts put together: load, settle, reconcile, serve, stop. Knows nothing of processes and signals."""
 
 import math
-import secrets
-from collections.abc import Callable
 
 import structlog
 import trio
-from attrs import field, frozen
 
 from hypemand.config import Config
 from hypemand.core.model import InstanceId
-from hypemand.engine.clock import Clock, ClockWatch, SystemClock, boot_id
+from hypemand.engine.clock import ClockWatch
 from hypemand.engine.events import Events
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.gone import GoneWatch
-from hypemand.engine.leases import Leases, NoLeases
-from hypemand.engine.limits import Patience
 from hypemand.engine.means import Means
+from hypemand.engine.outside import Outside
 from hypemand.engine.past import lay_over_all, readings, used_backends
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.reconcile import Discovery, Reconciler, discover
@@ -25,8 +21,7 @@ from hypemand.engine.recovery import Recovery
 from hypemand.engine.runner import Runner
 from hypemand.engine.scheduler import Scheduler
 from hypemand.engine.slots import Slots
-from hypemand.engine.space import Measure, Space, measure
-from hypemand.state.files import Disk
+from hypemand.engine.space import Space
 from hypemand.state.replay import remembered
 from hypemand.state.runlog import LogContent, RunLog, read_log
 from hypemand.state.store import Store
@@ -34,39 +29,6 @@ from hypemand.state.store import Store
 LAST_THAW_S = 5.0
 START_PATIENCE_S = 5.0
 _log = structlog.get_logger()
-
-
-@frozen
-class Tempo:
-    """How often what failed is tried again, and patterns are looked up; seconds."""
-
-    save_s: float = 1.0
-    settle_first_s: float = 1.0
-    settle_most_s: float = 30.0
-    discover_s: float = 30.0
-
-
-@frozen(kw_only=True)
-class Outside:
-    """What the engine takes from its machine; tests put their own in its place."""
-
-    clock: Clock
-    disk: Disk
-    measure: Measure
-    new_id: Callable[[], str]
-    boot_id: str
-    leases: Leases = field(factory=NoLeases)
-    patience: Patience = field(factory=Patience)
-    tempo: Tempo = field(factory=Tempo)
-
-
-def this_machine() -> Outside:
-    """The real clock, disk and identity."""
-    return Outside(clock=SystemClock(), disk=Disk(), measure=measure, new_id=_new_run_id, boot_id=boot_id())
-
-
-def _new_run_id() -> str:
-    return f"r{secrets.token_hex(12)[1:]}"  # a letter first: it is part of QEMU job ids and file names
 
 
 class Engine:

@@ -10,9 +10,10 @@ from hypemand.backends.base import BackendError
 from hypemand.config import Config
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import RunFinished, RunStarted
-from hypemand.engine.engine import Engine, this_machine
+from hypemand.engine.engine import Engine
 from hypemand.engine.events import Event, RunEnded
 from hypemand.engine.fleet import new_fleet
+from hypemand.engine.outside import this_machine
 from hypemand.engine.recovery import CRASHED
 from hypemand.state.codec import NewerFormatError
 from hypemand.state.files import Disk

@@ -2,21 +2,19 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import datetime
 
 import structlog
 import trio
-from attrs import Factory, evolve, field, frozen
+from attrs import field, frozen
 
 from hypemand.backends.base import Backend, BackendError, InstanceNotFound
-from hypemand.config import RetentionEntry
 from hypemand.core.cadence import first_run
-from hypemand.core.errors import HypemandError
-from hypemand.core.model import InstanceId, Interval, ManagedBy, Metadata, NamePrefix, Retention, RunFinished, Schedule
+from hypemand.core.model import InstanceId, ManagedBy, RunFinished, Schedule
+from hypemand.engine.changes import Home, SetSchedule, changed
 from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import UnknownBackendError
 from hypemand.engine.limits import answer
-from hypemand.engine.reconcile import put_back
+from hypemand.engine.refusals import ConflictError, NotFoundError, UnavailableError
 from hypemand.engine.scheduler import BusyError, RunUnderWay, StoppingError
 
 ASK_S = 5.0
@@ -24,60 +22,6 @@ ASK_S = 5.0
 MOST_WAITING = 64
 """So many changes of one schedule wait for their turn."""
 _log = structlog.get_logger()
-
-
-class RequestRefusedError(HypemandError):
-    """A request can't be done as things are; the message is for the client."""
-
-
-class NotFoundError(RequestRefusedError):
-    """There is no such schedule, or no such instance."""
-
-
-class ConflictError(RequestRefusedError):
-    """It contradicts what is there.
-
-    Attributes:
-        lasting: Asked again, it would be refused again, until somebody changes something.
-    """
-
-    def __init__(self, message: str, *, lasting: bool = True) -> None:
-        self.lasting = lasting
-        super().__init__(message)
-
-
-class UnavailableError(RequestRefusedError):
-    """Not now: a hypervisor does not answer, the disk is full, or hypemand stops. Worth another try."""
-
-
-@frozen(kw_only=True)
-class SetSchedule:
-    """What a PUT asks for: all that a client may set.
-
-    Hypeman's documents require the retention, but its Go client leaves an empty one out.
-    """
-
-    interval: Interval
-    retention: RetentionEntry = Factory(RetentionEntry)
-    metadata: Metadata = Factory(dict)
-    name_prefix: NamePrefix | None = None
-
-    @property
-    def prefix(self) -> str | None:
-        """The name prefix; an empty one is none."""
-        return self.name_prefix or None
-
-    def kept(self, before: Retention) -> Retention:
-        """The retention as schedules have it; keys of *before* that this version does not know are kept."""
-        return Retention(self.retention.max_age, self.retention.max_count, before.extra)
-
-
-@frozen
-class _Home:
-    """The backend of an instance. *sure*: it has just said that it knows it."""
-
-    name: str
-    sure: bool
 
 
 @frozen
@@ -126,7 +70,7 @@ class Requests:
             self._refuse_if_a_pattern_has(instance, home.name)
             present = store.schedules.get(instance)
             first = first_run(instance, wanted.interval, now=clock.now(), wanted=None, zone=clock.zone())
-            schedule = _changed(
+            schedule = changed(
                 instance, wanted, present=present, retired=retired, home=home, now=clock.now(), first=first
             )
             try:
@@ -228,7 +172,7 @@ class Requests:
             if entry.is_pattern and config.backend_of(entry) == backend and entry.matches(instance):
                 raise ConflictError(f"the pattern {entry.instance!r} in the config file takes in {instance!r}")
 
-    async def _home(self, instance: InstanceId) -> _Home:
+    async def _home(self, instance: InstanceId) -> Home:
         """The backend that knows *instance*, or, while nobody can tell, the one that had it."""
         self._refuse_if_closed()
         knowing: list[str] = []
@@ -261,7 +205,7 @@ class Requests:
                 f" and {knowing[0]} knows one of that name, too"
             )
         if knowing:
-            return _Home(knowing[0], sure=True)
+            return Home(knowing[0], sure=True)
         return await self._home_before(instance, sorted(silent))
 
     def _backend_of(self, schedule: Schedule) -> str | None:
@@ -271,11 +215,11 @@ class Requests:
         except UnknownBackendError:
             return None
 
-    async def _home_before(self, instance: InstanceId, silent: list[str]) -> _Home:
+    async def _home_before(self, instance: InstanceId, silent: list[str]) -> Home:
         before = self.engine.store.schedules.get(instance) or await self.engine.store.read_retired(instance)
         home = None if before is None else self._backend_of(before)
         if home in silent:
-            return _Home(home, sure=False)
+            return Home(home, sure=False)
         if silent:
             raise UnavailableError(
                 f"whether there is an instance {instance!r} can't be told now: no answer from {', '.join(silent)}"
@@ -298,48 +242,3 @@ class Requests:
 def _unwritable(instance: InstanceId, error: OSError) -> UnavailableError:
     _log.error("schedule of a client not written", instance_id=instance, error=str(error))
     return UnavailableError(f"the schedule of {instance!r} can't be written now; hypemand's log says why")
-
-
-def _changed(
-    instance: InstanceId,
-    wanted: SetSchedule,
-    *,
-    present: Schedule | None,
-    retired: Schedule | None,
-    home: _Home,
-    now: datetime,
-    first: datetime,
-) -> Schedule:
-    """The schedule as *wanted*, from what there is or was of it.
-
-    Args:
-        first: When its first run would be, on a cadence that begins now.
-    """
-    before = present or retired
-    if before is None:
-        return Schedule(
-            instance_id=instance,
-            interval=wanted.interval,
-            retention=wanted.kept(Retention()),
-            created_at=now,
-            updated_at=now,
-            next_run_at=first,
-            metadata=wanted.metadata,
-            name_prefix=wanted.prefix,
-            backend=home.name,
-            managed_by=ManagedBy.API,
-        )
-    after = evolve(
-        before,
-        interval=wanted.interval,
-        retention=wanted.kept(before.retention),
-        updated_at=now,
-        next_run_at=before.next_run_at if wanted.interval == before.interval else first,
-        metadata=wanted.metadata,
-        name_prefix=wanted.prefix,
-        backend=home.name,
-        managed_by=ManagedBy.API,
-        settings=evolve(before.settings, first_run=None, enabled=True),
-        gone_since_at=None if home.sure else before.gone_since_at,
-    )
-    return after if present is not None else put_back(after, now)

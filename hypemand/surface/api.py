@@ -19,7 +19,9 @@ from hypemand.core.fields import format_instant
 from hypemand.core.model import InstanceId, Schedule
 from hypemand.core.naming import check_instance_id
 from hypemand.core.structure import new_converter
-from hypemand.engine.requests import ConflictError, NotFoundError, Requests, SetSchedule, UnavailableError
+from hypemand.engine.changes import SetSchedule
+from hypemand.engine.refusals import ConflictError, NotFoundError, UnavailableError
+from hypemand.engine.requests import Requests
 from hypemand.state.codec import line_document
 from hypemand.surface.bodies import BodyTooLargeError, NotJsonError, problems_text, read_document, read_nothing
 from hypemand.surface.run_stream import LEFT_OPEN, NDJSON, RunStream

@@ -12,7 +12,9 @@ from attrs import define, evolve, field
 
 from hypemand.config import RetentionEntry, ScheduleEntry
 from hypemand.core.model import InstanceId, Retention, Schedule
-from hypemand.engine.requests import ConflictError, RequestRefusedError, Requests, SetSchedule
+from hypemand.engine.changes import SetSchedule
+from hypemand.engine.refusals import ConflictError, RequestRefusedError
+from hypemand.engine.requests import Requests
 from tests.disks import Crash
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from attrs import define, field
 
 from hypemand.backends.base import Backend
 from hypemand.config import BackendConfig
-from hypemand.engine.engine import Engine, Outside
+from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.leases import NoGuardError, NoLeases
+from hypemand.engine.outside import Outside
 from hypemand.state.codec import Line
 from hypemand.state.runlog import LogContent
 from tests.disks import Crash
