@@ -86,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
     from hypemand.daemon import StateUnusableError, run_daemon
     from hypemand.state.codec import NewerFormatError
     from hypemand.state.lock import LockHeldError
-    from hypemand.surface.access import read_access
+    from hypemand.surface.http.access import read_access
     from hypemand.surface.log import set_up_log
 
     try:
@@ -210,7 +210,7 @@ def recover(options: argparse.Namespace) -> int:
 
     from hypemand.engine.offline import recover
     from hypemand.state.codec import NewerFormatError
-    from hypemand.surface.hooks import run_hooks
+    from hypemand.surface.hooks.hooks import run_hooks
     from hypemand.surface.log import set_up_log
 
     config_path, config = _config_or_guess(options)

@@ -22,16 +22,16 @@ from hypemand.engine.reload import watch_file
 from hypemand.engine.requests import Requests
 from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
-from hypemand.surface.access import Access, CurrentAccess
-from hypemand.surface.api import api_routes, make_app
-from hypemand.surface.control import Control, control_routes
-from hypemand.surface.hooks import Hooks
+from hypemand.surface.api.app import api_routes, make_app
+from hypemand.surface.api.control import Control, control_routes
+from hypemand.surface.api.openapi import openapi_route
+from hypemand.surface.hooks.hooks import Hooks
+from hypemand.surface.http.access import Access, CurrentAccess
+from hypemand.surface.http.serving import Serving
+from hypemand.surface.http.sockets import socket_path
 from hypemand.surface.lasting import keep_up
 from hypemand.surface.log import set_up_log
-from hypemand.surface.metrics import Metrics
-from hypemand.surface.openapi import openapi_route
-from hypemand.surface.serving import Serving
-from hypemand.surface.sockets import socket_path
+from hypemand.surface.metrics.page import Metrics
 
 CONFIG_PATIENCE_S = 30.0
 LAST_ANSWERS_S = 2.0

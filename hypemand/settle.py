@@ -14,7 +14,7 @@ from hypemand.config_files import load_config
 from hypemand.core.errors import InvalidInput
 from hypemand.engine.recovery import CRASHED
 from hypemand.engine.takeover import TakeOver
-from hypemand.surface.hooks import run_hooks
+from hypemand.surface.hooks.hooks import run_hooks
 from hypemand.surface.log import set_up_log
 
 PATIENCE_S = 20.0

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 
 from hypemand.config import ScheduleEntry
-from hypemand.surface.metrics import Metrics
+from hypemand.surface.metrics.page import Metrics
 from tests.world import World, entry, world
 
 HOUR = timedelta(hours=1)

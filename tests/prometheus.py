@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse_plain
 
-from hypemand.surface.metrics import Metrics
+from hypemand.surface.metrics.page import Metrics
 
 DOCS = Path(__file__).parent.parent / "docs" / "monitoring.md"
 OPENMETRICS = "application/openmetrics-text; version=1.0.0"

@@ -9,7 +9,7 @@ from typing import Any
 import trio
 from attrs import frozen
 
-from hypemand.surface.sockets import short_path
+from hypemand.surface.http.sockets import short_path
 from tests.processes import PATIENCE_S
 
 Stream = trio.SocketStream | trio.SSLStream[trio.SocketStream]

@@ -22,9 +22,9 @@ from hypemand.config import ScheduleEntry
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, Schedule
 from hypemand.engine.requests import Requests
-from hypemand.surface import api
-from hypemand.surface.api import api_routes, make_app, schedule_answer
-from hypemand.surface.bodies import _object
+from hypemand.surface.api import app as app_module
+from hypemand.surface.api.app import api_routes, make_app, schedule_answer
+from hypemand.surface.api.bodies import _object
 from tests.asking import Answer, ask
 from tests.world import World, entry, world
 
@@ -76,7 +76,7 @@ async def test_however_many_ask_for_all_schedules_others_have_their_turn(
             await trio.lowlevel.checkpoint()
             turns.append(answered)
 
-    monkeypatch.setattr(api, "schedule_answer", counting)
+    monkeypatch.setattr(app_module, "schedule_answer", counting)
     entries = [entry(f"web-{number}", HOUR) for number in range(1, 201)]
     async with served(tmp_path, *entries) as (_, app), trio.open_nursery() as turning:
         turning.start_soon(take_turns)

@@ -18,7 +18,7 @@ from hypemand.config import ScheduleEntry
 from hypemand.core.model import Outcome
 from hypemand.engine.requests import Requests
 from hypemand.state.codec import line_document
-from hypemand.surface.api import api_routes, make_app
+from hypemand.surface.api.app import api_routes, make_app
 from tests.asking import Answer, ask
 from tests.world import World, entry, world
 

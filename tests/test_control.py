@@ -19,12 +19,12 @@ from hypemand.core.model import Freezer, InstanceId, InstanceState, Outcome, Run
 from hypemand.engine.requests import Requests
 from hypemand.state.codec import line_document, run_of, schedule_of
 from hypemand.surface import client as clients
-from hypemand.surface.api import make_app
+from hypemand.surface.api.app import make_app
+from hypemand.surface.api.control import Control, control_routes
 from hypemand.surface.client import FORMAT, FORMAT_HEADER, Client, NoAnswerError, RefusedError, Silence, find_socket
-from hypemand.surface.control import Control, control_routes
-from hypemand.surface.kept import KeptSnapshots
+from hypemand.surface.http.sockets import MOST_BYTES, SYSTEM_SOCKET, short_path
+from hypemand.surface.metrics.kept import KeptSnapshots
 from hypemand.surface.plan import plan_runs
-from hypemand.surface.sockets import MOST_BYTES, SYSTEM_SOCKET, short_path
 from tests.asking import ask
 from tests.fakes import FakeBackend, FakeClock
 from tests.world import World, entry, world

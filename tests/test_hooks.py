@@ -20,9 +20,9 @@ from hypemand.config import HooksConfig
 from hypemand.core.model import InstanceId, Outcome, Pruned, RunFinished
 from hypemand.engine.events import RunEnded, RunStepped, Step
 from hypemand.state.codec import line_document
-from hypemand.surface import hooks
-from hypemand.surface.hook_process import LONGEST_LINE, OUTPUT_BYTES, OUTPUT_LINES, Output
-from hypemand.surface.hooks import Hooks
+from hypemand.surface.hooks import hooks
+from hypemand.surface.hooks.hooks import Hooks
+from hypemand.surface.hooks.process import LONGEST_LINE, OUTPUT_BYTES, OUTPUT_LINES, Output
 from tests.processes import ROOT, children_of, wait_until
 
 AT = datetime(2026, 3, 9, 1, 0, tzinfo=UTC)

@@ -14,11 +14,11 @@ from hypemand.backends import registry
 from hypemand.config_files import load_config
 from hypemand.daemon import Daemon
 from hypemand.surface import lasting
-from hypemand.surface.access import CurrentAccess
-from hypemand.surface.hooks import Hooks
+from hypemand.surface.hooks.hooks import Hooks
+from hypemand.surface.http.access import CurrentAccess
+from hypemand.surface.http.serving import Serving
 from hypemand.surface.lasting import keep_up
-from hypemand.surface.metrics import Metrics
-from hypemand.surface.serving import Serving
+from hypemand.surface.metrics.page import Metrics
 from tests.processes import ALONE, PATIENCE_S, Lab, wait_until
 from tests.talking import ask
 

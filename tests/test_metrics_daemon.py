@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import trio
 
-from hypemand.surface.sockets import short_path
+from hypemand.surface.http.sockets import short_path
 from tests.processes import PATIENCE_S, SLOW, Lab, running_daemon
 from tests.prometheus import OPENMETRICS, Page, documented, promtool
 

@@ -10,7 +10,7 @@ from attrs import evolve
 from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed
-from hypemand.surface.metrics import Metrics
+from hypemand.surface.metrics.page import Metrics
 from tests.fakes import FakeBackend, FakeClock
 from tests.prometheus import Firing, Page, Recording, blocks, documented, find_promtool, promtool, rules, scrape
 from tests.world import entry, world

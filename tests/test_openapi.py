@@ -16,8 +16,8 @@ from hypemand.core.duration import format_duration
 from hypemand.core.errors import RuleBroken
 from hypemand.core.fields import check_interval, check_max_age
 from hypemand.core.naming import check_instance_id, check_metadata, check_prefix
-from hypemand.surface import openapi
-from hypemand.surface import openapi_schemas as patterns
+from hypemand.surface.api import openapi
+from hypemand.surface.api import openapi_schemas as patterns
 from tests.processes import ROOT, environment
 from tests.serving_lab import TOKEN, serving_lab
 

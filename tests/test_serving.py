@@ -15,8 +15,8 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.typing import EventDict
 
-from hypemand.surface.connection import Limits
-from hypemand.surface.serving import Serving, open_tcp
+from hypemand.surface.http.connection import Limits
+from hypemand.surface.http.serving import Serving, open_tcp
 from tests.processes import PATIENCE_S, wait_until
 from tests.talking import Answer, answer, ask, connect, free_port, head, rest
 

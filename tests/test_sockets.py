@@ -11,7 +11,13 @@ import pytest
 from attrs import evolve
 
 from hypemand.config import ApiConfig, Config
-from hypemand.surface.sockets import ControlSocket, SocketRefusedError, open_control_socket, short_path, socket_path
+from hypemand.surface.http.sockets import (
+    ControlSocket,
+    SocketRefusedError,
+    open_control_socket,
+    short_path,
+    socket_path,
+)
 
 
 @pytest.fixture

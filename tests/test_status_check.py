@@ -18,9 +18,9 @@ from hypemand.core.cadence import jitter
 from hypemand.core.fields import check_instant, format_instant
 from hypemand.engine.requests import Requests
 from hypemand.reports import verdict_without_status
+from hypemand.surface.api.control import Control
 from hypemand.surface.check import Level, Verdict, judge
 from hypemand.surface.client import NoAnswerError, Silence
-from hypemand.surface.control import Control
 from hypemand.surface.documents import status_document
 from tests.processes import ALONE, RUN_NOW, SLOW, Lab, Ran, run_cli, running_daemon
 from tests.world import entry, world

@@ -12,8 +12,8 @@ from structlog.typing import EventDict
 
 from hypemand.config import ApiConfig
 from hypemand.core.errors import InvalidInput
-from hypemand.surface.access import CurrentAccess, read_access
-from hypemand.surface.tokens import Tokens, parse_tokens, read_tokens
+from hypemand.surface.http.access import CurrentAccess, read_access
+from hypemand.surface.http.tokens import Tokens, parse_tokens, read_tokens
 
 TLS = Path(__file__).parent / "tls"
 ONE = "first-token-of-16"

@@ -7,8 +7,8 @@ from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.model import ManagedBy
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
-from hypemand.surface.access import read_access
-from hypemand.surface.hooks import command_trouble
+from hypemand.surface.hooks.hooks import command_trouble
+from hypemand.surface.http.access import read_access
 from hypemand.surface.known import State, read_state
 from hypemand.surface.report import NEVER_USED
 

@@ -15,7 +15,7 @@ from attrs import frozen
 from hypemand.config import Config
 from hypemand.config_files import SYSTEM_CONFIG, default_state_dir
 from hypemand.core.errors import HypemandError
-from hypemand.surface.sockets import SYSTEM_SOCKET, short_path, socket_path
+from hypemand.surface.http.sockets import SYSTEM_SOCKET, short_path, socket_path
 
 FORMAT_HEADER = "hypemand-format"
 FORMAT = "1"

@@ -7,8 +7,8 @@ from attrs import frozen
 from hypemand.core.cadence import jitter
 from hypemand.core.model import Outcome, RunFinished, Schedule, Snapshot
 from hypemand.engine.engine import Engine
-from hypemand.surface.kept import KeptSnapshots
-from hypemand.surface.tallies import Tally
+from hypemand.surface.metrics.kept import KeptSnapshots
+from hypemand.surface.metrics.tallies import Tally
 
 
 @frozen(kw_only=True)

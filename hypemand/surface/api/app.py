@@ -23,8 +23,8 @@ from hypemand.engine.changes import SetSchedule
 from hypemand.engine.refusals import ConflictError, NotFoundError, UnavailableError
 from hypemand.engine.requests import Requests
 from hypemand.state.codec import line_document
-from hypemand.surface.bodies import BodyTooLargeError, NotJsonError, problems_text, read_document, read_nothing
-from hypemand.surface.run_stream import LEFT_OPEN, NDJSON, RunStream
+from hypemand.surface.api.bodies import BodyTooLargeError, NotJsonError, problems_text, read_document, read_nothing
+from hypemand.surface.api.run_stream import LEFT_OPEN, NDJSON, RunStream
 
 PUBLIC = frozenset({"/health", "/openapi.json"})
 """Paths that need no token: they tell nothing of instances."""

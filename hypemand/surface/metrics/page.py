@@ -15,12 +15,12 @@ from starlette.routing import Route
 
 from hypemand.engine.engine import Engine
 from hypemand.engine.events import Event, RunEnded, SnapshotsListed
-from hypemand.surface.families import of_instances, parts
-from hypemand.surface.kept import KeptSnapshots
-from hypemand.surface.overall import of_all
-from hypemand.surface.sight import Sight, see
-from hypemand.surface.standing import Standing
-from hypemand.surface.tallies import Tallies
+from hypemand.surface.metrics.families import of_instances, parts
+from hypemand.surface.metrics.kept import KeptSnapshots
+from hypemand.surface.metrics.overall import of_all
+from hypemand.surface.metrics.sight import Sight, see
+from hypemand.surface.metrics.standing import Standing
+from hypemand.surface.metrics.tallies import Tallies
 
 
 class Metrics:

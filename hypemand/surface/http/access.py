@@ -9,7 +9,7 @@ from attrs import define, evolve, frozen
 
 from hypemand.config import ApiConfig
 from hypemand.core.errors import InvalidInput, Problem
-from hypemand.surface.tokens import Tokens, credential, read_tokens
+from hypemand.surface.http.tokens import Tokens, credential, read_tokens
 
 NO_TOKENS = (
     'is missing; api.listen needs a file of tokens, or the systemd credential "tokens", which is not there'

@@ -22,7 +22,7 @@ from hypercorn.utils import parse_socket_addr
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Scope
 
-from hypemand.surface.http1 import Http1, Inbox
+from hypemand.surface.http.http1 import Http1, Inbox
 
 _RECEIVE_BYTES = 16 * 1024
 _LINGER_BYTES = 1024**2

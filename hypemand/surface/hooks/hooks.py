@@ -23,8 +23,7 @@ from hypemand.core.model import Outcome, RunFinished
 from hypemand.engine.events import Event, RunEnded
 from hypemand.engine.guard import OWNER
 from hypemand.state.codec import encode_run
-from hypemand.surface import hook_process
-from hypemand.surface.hook_process import HookProcess, harmless
+from hypemand.surface.hooks.process import HookProcess, harmless, start
 
 AT_ONCE = 4
 """So many of each kind run at once."""
@@ -184,7 +183,7 @@ class Hooks:
         if not command:
             return  # it was taken out of the config meanwhile
         log = log.bind(command=command[0])
-        process = hook_process.start([word.encode() for word in command], _environment(lane.name, run))
+        process = start([word.encode() for word in command], _environment(lane.name, run))
         try:
             async with trio.open_nursery() as streams:
                 streams.start_soon(process.feed, encode_run(run))

@@ -11,7 +11,7 @@ from pathlib import Path
 import trio
 from attrs import define, field, frozen
 
-from hypemand.surface import hook_start
+from hypemand.surface.hooks import start as hook_start
 
 OUTPUT_BYTES = 16 * 1024
 OUTPUT_LINES = 200

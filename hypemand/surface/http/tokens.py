@@ -12,7 +12,7 @@ from pathlib import Path
 from attrs import field, frozen
 
 from hypemand.core.errors import InvalidInput, Problem
-from hypemand.surface.api import LOCAL_CLIENT
+from hypemand.surface.api.app import LOCAL_CLIENT
 
 SHORTEST = 8
 MOST_BYTES = 1024**2

@@ -9,7 +9,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from hypemand.core.model import Freezer, InstanceId, RunStarted
 from hypemand.engine.engine import Engine
 from hypemand.engine.events import Event, RunEnded, RunStepped, Step
-from hypemand.surface.families import INSTANCE, parts
+from hypemand.surface.metrics.families import INSTANCE, parts
 
 _FROZEN = "How long the guest has stood still by now, or may have where its run is not settled; 0: it is not frozen."
 _OPEN = "Runs that were cut short and are not settled yet."

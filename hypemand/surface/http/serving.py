@@ -19,9 +19,9 @@ from attrs import field, frozen
 from hypercorn.trio.worker_context import WorkerContext
 from starlette.types import ASGIApp
 
-from hypemand.surface.connection import Connection, Limits
-from hypemand.surface.http1 import http_config
-from hypemand.surface.sockets import BACKLOG, ControlSocket, SocketRefusedError, open_control_socket
+from hypemand.surface.http.connection import Connection, Limits
+from hypemand.surface.http.http1 import http_config
+from hypemand.surface.http.sockets import BACKLOG, ControlSocket, SocketRefusedError, open_control_socket
 
 T = TypeVar("T")
 RETRY_S = 2.0

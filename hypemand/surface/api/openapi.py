@@ -8,7 +8,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from hypemand import __version__
-from hypemand.surface.openapi_schemas import INSTANCE, INSTANCE_ID, Document, object_of, ref, schemas, text
+from hypemand.surface.api.openapi_schemas import INSTANCE, INSTANCE_ID, Document, object_of, ref, schemas, text
 
 
 def _json(schema: str | Document, description: str, **more: Any) -> Document:

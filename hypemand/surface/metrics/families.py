@@ -6,8 +6,8 @@ from typing import Protocol, TypeVar
 from attrs import frozen
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from hypemand.surface.sight import Sight
-from hypemand.surface.tallies import Histogram
+from hypemand.surface.metrics.sight import Sight
+from hypemand.surface.metrics.tallies import Histogram
 
 INSTANCE = "instance_id"
 """Not ``instance``: that is Prometheus' own label, for the address where it scrapes."""

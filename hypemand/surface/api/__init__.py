@@ -1,0 +1,1 @@
+"""What the doors serve: the HTTP API, its description, and what the commands ask."""

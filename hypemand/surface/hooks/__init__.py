@@ -1,0 +1,1 @@
+"""Commands of the operator that are run after runs."""

@@ -1,0 +1,1 @@
+"""Who listens where, and how clients come in: sockets, connections, tokens, TLS."""
