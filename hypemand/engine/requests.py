@@ -161,8 +161,11 @@ class Requests:
         self.engine.scheduler.refresh(instance)
         _log.info("schedule deleted by a client; its snapshots stay", instance_id=instance, client=client)
 
-    def begin_run(self, instance: InstanceId) -> RunUnderWay:
+    def begin_run(self, instance: InstanceId, client: str | None = None) -> RunUnderWay:
         """Begin a run at once; the schedule's next one stays where it is.
+
+        Args:
+            client: Who asks for it; for the log.
 
         Raises:
             NotFoundError: The instance has no schedule.
@@ -173,20 +176,23 @@ class Requests:
         if not schedule.settings.enabled:
             raise ConflictError(f"the schedule of {instance!r} is disabled in the config: enable it there")
         try:
-            return self.engine.scheduler.begin_now(schedule)
+            run = self.engine.scheduler.begin_now(schedule)
         except BusyError as error:
             raise ConflictError(str(error), lasting=False) from error
         except StoppingError as error:
             raise UnavailableError(str(error)) from error
+        if client is not None:
+            _log.info("run asked for by a client", instance_id=instance, client=client)
+        return run
 
-    async def run_now(self, instance: InstanceId) -> RunFinished | None:
+    async def run_now(self, instance: InstanceId, client: str | None = None) -> RunFinished | None:
         """Do what `begin_run` begins, and wait for it.
 
         Returns:
             How it ended; None when it was left open until its hypervisor
             answers, or cut short by the end of hypemand.
         """
-        return await self.begin_run(instance).ended()
+        return await self.begin_run(instance, client).ended()
 
     @asynccontextmanager
     async def _turn(self, instance: InstanceId) -> AsyncIterator[None]:
