@@ -131,14 +131,7 @@ class Requests:
                 self.engine.scheduler.refresh(instance)
             if retired is not None:
                 await self._forget_retired(instance)
-        _log.info(
-            "schedule changed by a client" if present else "schedule made by a client",
-            instance_id=instance,
-            backend=home.name,
-            client=client,
-        )
-        if schedule.retention.keeps_everything:
-            _log.warning("schedule sets no limit: its snapshots are kept for ever", instance_id=instance)
+        _tell(present, schedule, client)
         return self.get(instance)
 
     async def delete(self, instance: InstanceId, client: str) -> None:
@@ -276,6 +269,17 @@ class Requests:
             await self.engine.store.forget_retired(instance)
         except OSError as error:  # the file in force comes first at the next start, too
             _log.error("retired file not removed", instance_id=instance, error=str(error))
+
+
+def _tell(present: Schedule | None, schedule: Schedule, client: str) -> None:
+    """Log what a PUT did; programs that see to their schedules each minute are no news."""
+    log = _log.bind(instance_id=schedule.instance_id, backend=schedule.backend, client=client)
+    if present is not None and evolve(present, updated_at=schedule.updated_at) == schedule:
+        log.debug("schedule set again by a client, as it was")
+        return
+    log.info("schedule changed by a client" if present else "schedule made by a client")
+    if schedule.retention.keeps_everything and not (present and present.retention.keeps_everything):
+        _log.warning("schedule sets no limit: its snapshots are kept for ever", instance_id=schedule.instance_id)
 
 
 def _unwritable(instance: InstanceId, error: OSError) -> UnavailableError:
