@@ -191,7 +191,7 @@ def _follow_run(options: argparse.Namespace, progress: "Progress") -> None:
             for line in progress.take(told):
                 print(line, file=sys.stderr, flush=True)
     except RefusedError as error:
-        raise CommandError(f"{options.instance}: {error}") from None
+        raise CommandError(f"{options.instance}: {error}; see: hypemand status {options.instance}") from None
     except NoAnswerError as error:
         raise CommandError(progress.cut_short(error) or _no_daemon(error, path)) from None
 

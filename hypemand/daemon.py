@@ -89,7 +89,7 @@ class Daemon:
                 self.engine = await self._started(outside, background)
                 nursery.start_soon(self._watch)
                 assert self.metrics is not None
-                control = Control(self.engine, self.metrics.kept.of)
+                control = Control(self.engine, self.metrics.kept.of, troubles=self._troubles)
                 self.api = self._front(self.engine, control)
                 background.start_soon(self._serve_api, self.engine, self.api)
                 with self.engine.events.heard_by(control.hear):
@@ -130,6 +130,11 @@ class Daemon:
             tcp_app=make_app(routes, self.access.client_of),
             tls=self.access.tls,
         )
+
+    def _troubles(self) -> list[str]:
+        """Why clients of the API may have trouble; for the status."""
+        unreachable = self.api.unreachable if self.api else {}
+        return [*self.access.problems, *(f"API not reachable at {place}: {why}" for place, why in unreachable.items())]
 
     async def _serve_api(self, engine: Engine, api: Serving) -> None:
         await engine.scheduler.serving.wait()

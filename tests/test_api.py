@@ -335,9 +335,16 @@ async def test_the_log_names_the_client_and_never_its_token(
         app = make_app(api_routes(Requests(made.engine)), _known)
         await ask(app, "PUT", WEB, NIGHTLY, headers={"authorization": "Bearer one"})
         await ask(app, "GET", WEB, headers={"authorization": "Bearer two"})
+        await ask(app, "POST", f"{WEB}/run", headers={"authorization": "Bearer one"})
+        await ask(on_socket, "POST", f"{WEB}/run", headers={"accept": "application/x-ndjson"})
         await ask(on_socket, "DELETE", WEB)
-    clients = [line["client"] for line in heard_log if "client" in line]
-    assert clients == ["laptop", "socket"]
+    told = [(line["event"].partition(" by ")[0], line["client"]) for line in heard_log if "client" in line]
+    assert told == [
+        ("schedule made", "laptop"),
+        ("run asked for", "laptop"),
+        ("run asked for", "socket"),
+        ("schedule deleted", "socket"),
+    ]
     assert "Bearer" not in str(heard_log)
 
 

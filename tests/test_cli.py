@@ -627,6 +627,9 @@ async def test_a_backend_that_is_away_is_told_and_hides_no_schedule(used: Lab, t
     views = {view["instance_id"]: view for view in document["instances"]}
     assert views.keys() == {"web-1", "web-2"}
     assert (views["web-1"]["state"], views["web-1"]["snapshots_kept"]) == (None, None)
+    table = (await on(lab, "status", "web-1")).stdout.splitlines()
+    at = table[0].index("LAST SNAPSHOT")
+    assert table[1][at:].split()[0] == "?"  # not "-": there may be some
     assert "mounted" in views["web-1"]["trouble"]
     one = await on(lab, "snapshots", "web-1")
     assert one.status == 1

@@ -113,6 +113,23 @@ async def test_what_is_kept_for_ever_is_warned_about(
     ]
 
 
+async def test_a_put_that_changes_nothing_is_no_news(
+    tmp_path: Path, heard_log: list[EventDict], autojump_clock: MockClock
+) -> None:
+    for_ever = wanted(retention=RetentionEntry())
+    async with asked(tmp_path) as (made, requests):
+        first = await requests.put(WEB, for_ever, "me")
+        heard_log.clear()
+        await trio.sleep(60)
+        again = await requests.put(WEB, for_ever, "me")
+        assert again == evolve(first, updated_at=made.clock.now())
+        assert [line["log_level"] for line in heard_log] == ["debug"]
+        await requests.put(WEB, wanted(2 * HOUR, RetentionEntry()), "me")
+        assert [(line["log_level"], line["event"]) for line in heard_log[1:]] == [
+            ("info", "schedule changed by a client")
+        ]
+
+
 async def test_keys_of_a_later_version_survive_an_update(tmp_path: Path, autojump_clock: MockClock) -> None:
     async with asked(tmp_path) as (made, requests):
         schedule = await requests.put(WEB, wanted(), "me")

@@ -102,6 +102,7 @@ async def test_what_can_not_run_is_told_in_one_line(lab: ServingLab, instance: s
     (line,) = told.stderr.splitlines()
     assert line.startswith("hypemand: ")
     assert why in line
+    assert line.endswith(f"; see: hypemand status {instance}")
 
 
 def test_on_a_terminal_each_step_is_told_when_it_happens(lab: ServingLab) -> None:

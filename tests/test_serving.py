@@ -21,6 +21,7 @@ from tests.processes import PATIENCE_S, wait_until
 from tests.talking import Answer, answer, ask, connect, free_port, head, rest
 
 TLS = Path(__file__).parent / "tls"
+HEAD_BYTES = Limits().head_bytes
 Handler = Callable[[Request], Awaitable[str]]
 
 
@@ -130,6 +131,8 @@ GARBAGE = {
     "a coding that nobody knows": (head("PUT", "/", "Transfer-Encoding: gzip"), 501),
     "endless header": (head("GET", "/", "A: " + "a" * 100_000), 431),
     "endless path": (head("GET", "/" + "a" * 100_000), 431),
+    "long header, whole": (head("GET", "/", "A: " + "a" * HEAD_BYTES), 431),
+    "many headers, whole": (head("PUT", "/", *["A: a"] * (HEAD_BYTES // 6), "Content-Length: 3") + b"abc", 431),
 }
 
 
@@ -511,12 +514,14 @@ async def test_a_socket_that_somebody_removes_is_made_again(path: Path, heard_lo
 async def test_a_port_in_use_is_told_and_taken_once_it_is_free(path: Path, heard_log: list[EventDict]) -> None:
     holder = socket.create_server(("127.0.0.1", 0))
     port = holder.getsockname()[1]
-    async with serving(path, listen=f"127.0.0.1:{port}", tcp_app=HELLO):
+    async with serving(path, listen=f"127.0.0.1:{port}", tcp_app=HELLO) as api:
         await wait_until(lambda: [line for line in heard_log if line["log_level"] == "error"], "told")
         assert (await ask(path)).status == 200  # the other door is open
+        assert ["another program listens" in why for why in api.unreachable.values()] == [True]
         holder.close()
         await listening(port)
         assert (await ask(port)).status == 200
+        assert not api.unreachable
     (told,) = [line for line in heard_log if line["log_level"] == "error"]
     assert (told["at"], "another program listens" in told["error"]) == (f"127.0.0.1:{port}", True)
 

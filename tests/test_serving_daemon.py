@@ -72,6 +72,9 @@ async def test_tokens_decide_over_tcp_are_read_again_and_never_logged(lab: Lab) 
         daemon.send(signal.SIGHUP)
         refused = await daemon.wait_for("invalid tokens or TLS; the ones before stay in force")
         assert "others can read it (mode 0644)" in refused["error"]
+        told = await run_cli("status", "--check", "-c", lab.config)
+        assert (told.status, "others can read it (mode 0644)" in told.stdout) == (1, True)
+        assert "the ones before stay in force" in (await run_cli("status", "-c", lab.config)).stderr
         assert (await status(bearer(FIRST)), await status(bearer(SECOND))) == (401, 200)
 
         # Taken away while the config is broken: it must not stay in force for that.
@@ -81,6 +84,7 @@ async def test_tokens_decide_over_tcp_are_read_again_and_never_logged(lab: Lab) 
         daemon.send(signal.SIGHUP)
         await daemon.wait_for("tokens in force", since=mark)
         assert (await status(bearer(FIRST)), await status(bearer(SECOND))) == (200, 401)
+        assert "stay in force" not in (await run_cli("status", "-c", lab.config)).stderr
         await wait_until(lambda: daemon.logged("request", status=401), "requests in the log")
         await daemon.stop()
     log = daemon.log.read_text()

@@ -196,7 +196,7 @@ def test_a_path_may_be_longer_than_the_kernel_takes(tmp_path: Path) -> None:
 def test_the_lock_of_somebody_on_the_directory_is_not_waited_for_without_end(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hypemand.surface.sockets._LOCK_S", 0.1)
+    monkeypatch.setattr("hypemand.surface.http.sockets._LOCK_S", 0.1)
     holder = os.open(path.parent, os.O_RDONLY)
     fcntl.flock(holder, fcntl.LOCK_EX)
     with pytest.raises(SocketRefusedError, match="is locked by another program"):

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 import trio
-from attrs import field, frozen
+from attrs import evolve, field, frozen
 
 from hypemand.backends.base import Backend, BackendError, InstanceNotFound
 from hypemand.core.cadence import first_run
@@ -79,14 +79,7 @@ class Requests:
                 self.engine.scheduler.refresh(instance)
             if retired is not None:
                 await self._forget_retired(instance)
-        _log.info(
-            "schedule changed by a client" if present else "schedule made by a client",
-            instance_id=instance,
-            backend=home.name,
-            client=client,
-        )
-        if schedule.retention.keeps_everything:
-            _log.warning("schedule sets no limit: its snapshots are kept for ever", instance_id=instance)
+        _tell(present, schedule, client)
         return self.get(instance)
 
     async def delete(self, instance: InstanceId, client: str) -> None:
@@ -112,8 +105,11 @@ class Requests:
         self.engine.look_soon()  # the config may have been waiting to have the instance
         _log.info("schedule deleted by a client; its snapshots stay", instance_id=instance, client=client)
 
-    def begin_run(self, instance: InstanceId) -> RunUnderWay:
+    def begin_run(self, instance: InstanceId, client: str | None = None) -> RunUnderWay:
         """Begin a run at once; the schedule's next one stays where it is.
+
+        Args:
+            client: Who asks for it; for the log.
 
         Raises:
             NotFoundError: The instance has no schedule.
@@ -124,20 +120,23 @@ class Requests:
         if not schedule.settings.enabled:
             raise ConflictError(f"the schedule of {instance!r} is disabled in the config: enable it there")
         try:
-            return self.engine.scheduler.begin_now(schedule)
+            run = self.engine.scheduler.begin_now(schedule)
         except BusyError as error:
             raise ConflictError(str(error), lasting=False) from error
         except StoppingError as error:
             raise UnavailableError(str(error)) from error
+        if client is not None:
+            _log.info("run asked for by a client", instance_id=instance, client=client)
+        return run
 
-    async def run_now(self, instance: InstanceId) -> RunFinished | None:
+    async def run_now(self, instance: InstanceId, client: str | None = None) -> RunFinished | None:
         """Do what `begin_run` begins, and wait for it.
 
         Returns:
             How it ended; None when it was left open until its hypervisor
             answers, or cut short by the end of hypemand.
         """
-        return await self.begin_run(instance).ended()
+        return await self.begin_run(instance, client).ended()
 
     @asynccontextmanager
     async def _turn(self, instance: InstanceId) -> AsyncIterator[None]:
@@ -237,6 +236,17 @@ class Requests:
             await self.engine.store.forget_retired(instance)
         except OSError as error:  # the file in force comes first at the next start, too
             _log.error("retired file not removed", instance_id=instance, error=str(error))
+
+
+def _tell(present: Schedule | None, schedule: Schedule, client: str) -> None:
+    """Log what a PUT did; programs that see to their schedules each minute are no news."""
+    log = _log.bind(instance_id=schedule.instance_id, backend=schedule.backend, client=client)
+    if present is not None and evolve(present, updated_at=schedule.updated_at) == schedule:
+        log.debug("schedule set again by a client, as it was")
+        return
+    log.info("schedule changed by a client" if present else "schedule made by a client")
+    if schedule.retention.keeps_everything and not (present and present.retention.keeps_everything):
+        _log.warning("schedule sets no limit: its snapshots are kept for ever", instance_id=schedule.instance_id)
 
 
 def _unwritable(instance: InstanceId, error: OSError) -> UnavailableError:

@@ -127,7 +127,7 @@ def _status_row(view: Told, now: datetime) -> list[str]:
         schedule["interval"] if schedule else "uncovered",
         _next_run(view, now),
         _last_run(view, now),
-        last["name"] if last else "-",
+        last["name"] if last else "?" if kept is None else "-",
         ago(_at(view["last_good_at"]), now).removesuffix(" ago"),
         "?" if kept is None else str(kept),
         "?" if size is None else format_size(size),

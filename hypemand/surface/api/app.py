@@ -142,8 +142,8 @@ def api_routes(requests: Requests) -> list[Route]:
         instance = instance_of(request)
         await read_nothing(request)
         if NDJSON in request.headers.get("accept", ""):
-            return RunStream(requests, instance)
-        ended = await requests.run_now(instance)
+            return RunStream(requests, instance, client_of(request))
+        ended = await requests.run_now(instance, client_of(request))
         if ended is None:
             return _error(503, "unavailable", LEFT_OPEN, _NO_RETRY)
         return Json(line_document(ended))

@@ -1,7 +1,7 @@
 """What the commands ask the daemon, over the unix socket alone: documents from its own connections and memory."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import trio
@@ -53,11 +53,13 @@ class Control:
     Attributes:
         listed: The snapshots of an instance as they were listed last, for those.
         disk: Not the engine's: questions keep no write waiting.
+        troubles: What stands in the way of clients of the API.
     """
 
     engine: Engine
     listed: Callable[[InstanceId], tuple[Snapshot, ...] | None] = lambda _: None
     disk: Disk = field(factory=Disk)
+    troubles: Callable[[], Iterable[str]] = tuple
     _next: _Look = field(init=False, factory=_Look)
     _looking: trio.Lock = field(init=False, factory=trio.Lock)
     _paused_s: dict[str, float] = field(init=False, factory=dict)
@@ -220,7 +222,9 @@ def control_routes(control: Control) -> list[Route]:
     """The documents that the commands ask for; for those who may open the unix socket alone."""
 
     async def status(request: Request) -> Response:
-        return _respond(to_json(status_document(await control.overview(_instance(request)))))
+        document = status_document(await control.overview(_instance(request)))
+        document["problems"] = [*document["problems"], *control.troubles()]
+        return _respond(to_json(document))
 
     async def forecast(request: Request) -> Response:
         return _respond(to_json(forecast_document(await control.overview(_instance(request)))))

@@ -25,11 +25,12 @@ LEFT_OPEN = (
 class RunStream(Response):
     """The steps of a run of *instance*, which begins with the answer. It goes on when the client goes away."""
 
-    def __init__(self, requests: Requests, instance: InstanceId) -> None:
+    def __init__(self, requests: Requests, instance: InstanceId, client: str) -> None:
         super().__init__(media_type=NDJSON)
         del self.headers["content-length"]
         self._requests = requests
         self._instance = instance
+        self._client = client
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - it is that of ASGI
         """Send them.
@@ -45,7 +46,7 @@ class RunStream(Response):
 
         with ExitStack() as hearing:
             hearing.enter_context(self._requests.engine.events.heard_by(hear))
-            run = self._requests.begin_run(self._instance)
+            run = self._requests.begin_run(self._instance, self._client)
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_when_gone, receive, nursery.cancel_scope)
 

@@ -52,9 +52,14 @@ def read_access(api: ApiConfig) -> Access:
 
 @define
 class CurrentAccess:
-    """The access in force; None where hypemand does not serve TCP."""
+    """The access in force; None where hypemand does not serve TCP.
+
+    Attributes:
+        problems: Why that which was asked for last is not in force.
+    """
 
     access: Access | None
+    problems: tuple[str, ...] = ()
 
     def client_of(self, authorization: str | None) -> str | None:
         """The client that a request's header ``Authorization`` shows; None if it is nobody."""
@@ -67,6 +72,7 @@ class CurrentAccess:
     async def reread(self, api: ApiConfig) -> None:
         """Put the access that *api* asks for in force. If it can't be had, the one before stays, and that is logged."""
         if api.listen is None:
+            self.problems = ()
             return  # taken out: that takes a restart, and until then nothing changes
         try:
             access = await trio.to_thread.run_sync(read_access, api, abandon_on_cancel=True)
@@ -74,7 +80,9 @@ class CurrentAccess:
             before = "the ones before stay in force" if self.access else "hypemand would not start with it"
             for problem in error.problems:
                 _log.error(f"invalid tokens or TLS; {before}", error=str(problem))
+            self.problems = tuple(f"{problem} ({before})" for problem in error.problems)
             return
+        self.problems = ()
         if self.access is not None:
             if access.tls is None and self.access.tls is not None:
                 # What listens may be reached from anywhere: tokens that come there are not to be sent in the clear.

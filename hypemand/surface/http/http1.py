@@ -9,6 +9,7 @@ import orjson
 import structlog
 import trio
 from hypercorn.config import Config as HttpConfig
+from hypercorn.events import Closed
 from hypercorn.logging import Logger
 from hypercorn.protocol.events import Event, Request
 from hypercorn.protocol.h11 import STREAM_ID, H11Protocol
@@ -78,6 +79,10 @@ class Http1(H11Protocol):
         """No upgrade is taken: a client that offers one is answered as if it had not."""
 
     async def _create_stream(self, request: h11.Request) -> None:
+        if _head_bytes(request) > self.config.h11_max_incomplete_size:  # h11 sees to heads that come bit by bit
+            await self.refuse(431)
+            await self.send(Closed())
+            return
         self.stream = HTTPStream(
             self.app,
             self.config,
@@ -112,6 +117,11 @@ class Http1(H11Protocol):
         await self._send_h11_event(h11.Response(status_code=status_code, headers=headers))
         await self._send_h11_event(h11.Data(data=body))
         await self._send_h11_event(h11.EndOfMessage())
+
+
+def _head_bytes(request: h11.Request) -> int:
+    line = len(request.method) + len(request.target) + len(b"  HTTP/1.1\r\n\r\n")
+    return line + sum(len(name) + len(value) + len(b": \r\n") for name, value in request.headers)
 
 
 class Inbox:

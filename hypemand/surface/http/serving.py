@@ -70,6 +70,7 @@ class Serving:
     Attributes:
         path: Of the control socket.
         listen: Host and port for TCP, if it is served.
+        unreachable: Why it does not listen where it should, by place.
         over: Set once the last connection is closed.
     """
 
@@ -94,6 +95,7 @@ class Serving:
         self._tcp_door = None if tcp_app is None else _Door(tcp_app, tls)
         self._accepting = trio.CancelScope()
         self._stopped = False
+        self.unreachable: dict[str, str] = {}
         self.over = trio.Event()
 
     async def serve(self) -> None:
@@ -161,15 +163,17 @@ class Serving:
 
     async def _opened(self, place: str, opening: Callable[[], Awaitable[T]]) -> T:
         """What *opening* makes; tried again until it does, for schedules matter more than who asks about them."""
-        told = ""
         while True:
             try:
-                return await opening()
+                opened = await opening()
             except (OSError, SocketRefusedError) as error:
                 why = _why(place, error)
-            if why != told:
+            else:
+                self.unreachable.pop(place, None)
+                return opened
+            if why != self.unreachable.get(place):
                 _log.error("API not reachable here; schedules go on, trying again", at=place, error=why)
-                told = why
+                self.unreachable[place] = why
             await trio.sleep(self._retry_s)
 
     async def _accept(self, listener: trio.socket.SocketType, door: _Door, clients: trio.Nursery) -> None:

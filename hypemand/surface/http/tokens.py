@@ -129,7 +129,8 @@ def _read(path: Path) -> bytes:
             raise OSError(errno.EINVAL, "it is no file")
         if status.st_mode & _forbidden(path):
             mode = stat.S_IMODE(status.st_mode)
-            raise OSError(errno.EACCES, f"others can read it (mode {mode:04o}); run: chmod 600 {path}")
+            wrong = f"is not taken: others can read it (mode {mode:04o}); run: chmod 600 {path}"
+            raise InvalidInput([Problem("", wrong)])
         data = os.read(descriptor, MOST_BYTES + 1)
     finally:
         os.close(descriptor)
