@@ -10,6 +10,7 @@ from hypothesis import settings
 from structlog.typing import EventDict
 
 from tests.qemu_guest import require_qemu
+from tests.virtual_time import VirtualClock
 
 # A busy machine is no bug, and 60 examples a promise keep the suite quick.
 settings.register_profile("hypemand", deadline=None, max_examples=60)
@@ -39,6 +40,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in ONE_AT_A_TIME:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture
+def virtual_clock() -> VirtualClock:
+    """A clock that leaps; pytest-trio runs the test on it."""
+    return VirtualClock()
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,6 @@ import pytest
 import trio
 from attrs import define, field
 from structlog.typing import EventDict
-from trio.testing import MockClock
 
 from hypemand.backends.base import Settled
 from hypemand.config import ScheduleEntry
@@ -19,6 +18,7 @@ from hypemand.core.cadence import jitter
 from hypemand.core.model import InstanceId, InstanceState, Retention, Snapshot
 from hypemand.engine.outside import Tempo
 from tests.fakes import START, FakeBackend, FakeClock
+from tests.virtual_time import VirtualClock
 from tests.world import BOOT_ID, World, entry, world
 
 SECOND, MINUTE, HOUR, DAY = timedelta(seconds=1), timedelta(minutes=1), timedelta(hours=1), timedelta(days=1)
@@ -147,7 +147,7 @@ def hypervisor(retention: Retention, tolerance: timedelta = timedelta(0)) -> Tru
 @pytest.mark.parametrize("moment", ["idle", "in a run"])
 async def test_a_clock_that_jumps_and_jumps_back_has_nothing_deleted_wrongly(  # noqa: PLR0917 - a matrix
     tmp_path: Path,
-    autojump_clock: MockClock,
+    virtual_clock: VirtualClock,
     heard_log: list[EventDict],
     interval: timedelta,
     retention: Retention,
@@ -184,7 +184,7 @@ async def test_a_clock_that_jumps_and_jumps_back_has_nothing_deleted_wrongly(  #
 @pytest.mark.parametrize("boot", [BOOT_ID, "another boot"])
 async def test_a_clock_that_is_wrong_after_a_restart_has_nothing_deleted_wrongly(  # noqa: PLR0917 - a matrix
     tmp_path: Path,
-    autojump_clock: MockClock,
+    virtual_clock: VirtualClock,
     heard_log: list[EventDict],
     interval: timedelta,
     retention: Retention,
@@ -225,7 +225,7 @@ async def test_a_clock_that_is_wrong_after_a_restart_has_nothing_deleted_wrongly
 
 @pytest.mark.parametrize("jump", [TO_1970, -DAY, 3653 * DAY], ids=["1970", "-1d", "+10y"])
 async def test_a_clock_that_stays_where_it_jumped_is_the_right_one_in_the_end(
-    tmp_path: Path, autojump_clock: MockClock, jump: timedelta
+    tmp_path: Path, virtual_clock: VirtualClock, jump: timedelta
 ) -> None:
     backend = hypervisor(Retention(max_age=KEPT * HOUR), tolerance=10_000 * DAY)
     wanted = schedule_of(HOUR, backend.retention)
@@ -241,7 +241,7 @@ async def test_a_clock_that_stays_where_it_jumped_is_the_right_one_in_the_end(
 
 
 async def test_a_week_of_suspend_is_no_jump_makes_one_run_and_prunes_by_age(
-    tmp_path: Path, autojump_clock: MockClock, heard_log: list[EventDict]
+    tmp_path: Path, virtual_clock: VirtualClock, heard_log: list[EventDict]
 ) -> None:
     backend = hypervisor(Retention(max_age=10 * DAY))
     wanted = schedule_of(DAY, backend.retention)
@@ -272,7 +272,7 @@ async def test_a_week_of_suspend_is_no_jump_makes_one_run_and_prunes_by_age(
     ],
 )
 async def test_over_a_change_to_or_from_summer_time_daily_runs_stay_a_day_apart(  # noqa: PLR0917 - as above
-    tmp_path: Path, autojump_clock: MockClock, heard_log: list[EventDict], zone: str, day: str, first: str
+    tmp_path: Path, virtual_clock: VirtualClock, heard_log: list[EventDict], zone: str, day: str, first: str
 ) -> None:
     clock = FakeClock(start=datetime.fromisoformat(day), local=ZoneInfo(zone))
     expected = datetime.fromisoformat(first)
@@ -287,7 +287,7 @@ async def test_over_a_change_to_or_from_summer_time_daily_runs_stay_a_day_apart(
 
 
 async def test_daily_runs_begun_before_a_change_to_summer_time_keep_their_hour_of_utc(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock(start=datetime(2026, 3, 26, 12, tzinfo=UTC), local=ZoneInfo("Europe/Berlin"))
     async with world(tmp_path, entry("web-1", DAY, first_run="02:30"), clock=clock, tempo=SELDOM) as w:
@@ -295,7 +295,7 @@ async def test_daily_runs_begun_before_a_change_to_summer_time_keep_their_hour_o
         assert [f"{run.due_at:%H:%M}" for run in w.history()] == ["01:30"] * 6
 
 
-async def test_a_name_that_was_taken_under_another_clock_moves_on(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_name_that_was_taken_under_another_clock_moves_on(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     backend = hypervisor(Retention(max_count=10))
     wanted = schedule_of(HOUR, backend.retention)
     async with world(tmp_path, wanted, backends=[backend], clock=backend.clock, tempo=SELDOM) as w:
@@ -309,7 +309,7 @@ async def test_a_name_that_was_taken_under_another_clock_moves_on(tmp_path: Path
 
 
 async def test_what_a_wrong_clock_recorded_is_not_held_against_a_right_one_for_ever(
-    tmp_path: Path, autojump_clock: MockClock, heard_log: list[EventDict]
+    tmp_path: Path, virtual_clock: VirtualClock, heard_log: list[EventDict]
 ) -> None:
     backend = hypervisor(Retention(max_age=3 * HOUR))
     wanted = schedule_of(HOUR, backend.retention)
@@ -329,7 +329,7 @@ async def test_what_a_wrong_clock_recorded_is_not_held_against_a_right_one_for_e
 
 
 async def test_a_guest_frozen_while_the_clock_is_set_back_is_recorded_without_a_negative_length(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     backend = hypervisor(Retention(max_count=10))
     backend.capture_s = 10_000

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import trio
 from attrs import evolve
-from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, InstanceNotFound, InvalidState
 from hypemand.core.model import InstanceId, InstanceState
@@ -16,6 +15,7 @@ from hypemand.state.files import Disk
 from hypemand.state.runlog import read_log
 from tests.disks import InlineDisk, UnsyncedDisk
 from tests.fakes import START, FakeBackend, FakeClock
+from tests.virtual_time import VirtualClock
 from tests.world import entry, world
 
 HOUR, MINUTE, DAY = timedelta(hours=1), timedelta(minutes=1), timedelta(days=1)
@@ -24,7 +24,7 @@ WEB = InstanceId("web-1")
 
 @pytest.mark.parametrize("answer", [ConnectionResetError("cut"), BackendUnavailable("busy")])
 async def test_a_thaw_goes_on_when_the_state_cannot_be_asked(
-    tmp_path: Path, autojump_clock: MockClock, answer: Exception
+    tmp_path: Path, virtual_clock: VirtualClock, answer: Exception
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.capture_s = 5
@@ -36,7 +36,9 @@ async def test_a_thaw_goes_on_when_the_state_cannot_be_asked(
         assert w.backend.frozen == set()
 
 
-async def test_a_guest_in_a_state_in_between_is_not_taken_for_thawed(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_guest_in_a_state_in_between_is_not_taken_for_thawed(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.capture_s = 5
         await trio.sleep(2)
@@ -48,7 +50,7 @@ async def test_a_guest_in_a_state_in_between_is_not_taken_for_thawed(tmp_path: P
         assert w.backend.machines[WEB].state is InstanceState.RUNNING
 
 
-async def test_a_thaw_is_tried_again_within_a_second(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_thaw_is_tried_again_within_a_second(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("resume", "web-1", BackendUnavailable("busy"))
         await trio.sleep(33)
@@ -58,7 +60,7 @@ async def test_a_thaw_is_tried_again_within_a_second(tmp_path: Path, autojump_cl
 
 
 async def test_schedules_taken_out_while_they_come_due_leave_the_engine_alone(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     class Slow(UnsyncedDisk):
         async def call(self, work, *args):  # type: ignore[no-untyped-def,override]  # noqa: ANN001, ANN002, ANN202
@@ -74,7 +76,7 @@ async def test_schedules_taken_out_while_they_come_due_leave_the_engine_alone(
         assert set(w.engine.store.schedules) == {"vm-0"}
 
 
-async def test_a_jump_not_noticed_yet_already_stops_pruning_by_age(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_jump_not_noticed_yet_already_stops_pruning_by_age(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_age=168 * HOUR)) as w:
         await trio.sleep(4 * 3600 + 60)
         w.backend.capture_s = 4
@@ -84,7 +86,7 @@ async def test_a_jump_not_noticed_yet_already_stops_pruning_by_age(tmp_path: Pat
         assert len(w.backend.names("web-1")) >= 6
 
 
-async def test_a_clock_set_back_during_a_run_stalls_no_schedule(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_clock_set_back_during_a_run_stalls_no_schedule(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(1800)
         w.clock.jump(365 * DAY)
@@ -97,7 +99,7 @@ async def test_a_clock_set_back_during_a_run_stalls_no_schedule(tmp_path: Path, 
         assert w.schedule("web-1").next_run_at - w.clock.now() <= HOUR + 6 * MINUTE
 
 
-async def test_a_clock_set_back_during_a_retry_stalls_no_schedule(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_clock_set_back_during_a_retry_stalls_no_schedule(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(1800)
         w.backend.fail("state", "web-1", BackendUnavailable("busy"))
@@ -109,7 +111,9 @@ async def test_a_clock_set_back_during_a_retry_stalls_no_schedule(tmp_path: Path
         assert w.outcomes().count("succeeded") >= 6
 
 
-async def test_what_was_said_of_an_instance_elsewhere_does_not_count(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_what_was_said_of_an_instance_elsewhere_does_not_count(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1", "other")
@@ -129,7 +133,7 @@ async def test_what_was_said_of_an_instance_elsewhere_does_not_count(tmp_path: P
 
 @pytest.mark.parametrize("call", ["list_snapshots", "delete_snapshot"])
 async def test_a_bug_while_pruning_a_gone_instance_stops_nobody(
-    tmp_path: Path, autojump_clock: MockClock, call: str
+    tmp_path: Path, virtual_clock: VirtualClock, call: str
 ) -> None:
     entries = [entry("web-1", HOUR, first_run="now", max_age=HOUR), entry("other", HOUR, first_run="now")]
     async with world(tmp_path, *entries) as w:
@@ -142,7 +146,7 @@ async def test_a_bug_while_pruning_a_gone_instance_stops_nobody(
         assert w.outcomes("other")[-1] == "succeeded"
 
 
-async def test_a_backend_with_bugs_everywhere_stops_no_other(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_backend_with_bugs_everywhere_stops_no_other(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     bad, good = FakeBackend(clock, name="bad"), FakeBackend(clock, name="good")
     bad.add("b-1")
@@ -159,7 +163,7 @@ async def test_a_backend_with_bugs_everywhere_stops_no_other(tmp_path: Path, aut
         assert w.outcomes("g-1")[-1] == "succeeded"
 
 
-async def test_a_backend_that_could_not_be_opened_is_opened_later(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_backend_that_could_not_be_opened_is_opened_later(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
@@ -170,7 +174,7 @@ async def test_a_backend_that_could_not_be_opened_is_opened_later(tmp_path: Path
 
 
 async def test_a_backend_that_hangs_at_its_opening_delays_the_start_by_seconds(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     hung, well = FakeBackend(clock, name="hung"), FakeBackend(clock, name="well")
@@ -186,7 +190,7 @@ async def test_a_backend_that_hangs_at_its_opening_delays_the_start_by_seconds(
 
 
 async def test_a_backend_captured_through_in_this_process_is_not_opened_as_new(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(60)
@@ -196,7 +200,7 @@ async def test_a_backend_captured_through_in_this_process_is_not_opened_as_new(
         assert [of for _, call, of in w.backend.calls if call == "open"] == ["first_use=True", "first_use=False"]
 
 
-async def test_a_hung_publish_holds_up_no_other_guest(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_hung_publish_holds_up_no_other_guest(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1", "web-2")
@@ -210,7 +214,7 @@ async def test_a_hung_publish_holds_up_no_other_guest(tmp_path: Path, autojump_c
         assert fake.machines[WEB].state is InstanceState.RUNNING
 
 
-async def test_a_filesystem_that_hangs_gives_its_slots_back(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_filesystem_that_hangs_gives_its_slots_back(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR), concurrency=1) as w:
 
         async def hang(path: Path) -> None:
@@ -223,7 +227,7 @@ async def test_a_filesystem_that_hangs_gives_its_slots_back(tmp_path: Path, auto
 
 
 async def test_after_a_crash_and_a_downtime_there_is_one_run_and_then_the_grid(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", DAY, first_run="now")) as w:
         await trio.sleep(60)
@@ -238,7 +242,7 @@ async def test_after_a_crash_and_a_downtime_there_is_one_run_and_then_the_grid(
         assert w.schedule("web-1").next_run_at == START + 4 * DAY
 
 
-async def test_what_was_pruned_before_a_stop_is_recorded(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_what_was_pruned_before_a_stop_is_recorded(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(4 * 3600 + 60)
         await w.apply(entry("web-1", HOUR, first_run="now", max_count=1))
@@ -253,7 +257,7 @@ async def test_what_was_pruned_before_a_stop_is_recorded(tmp_path: Path, autojum
 
 
 async def test_a_schedule_taken_out_in_mid_run_keeps_all_snapshots_and_its_record(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     other = entry("other", DAY)
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1), other) as w:
@@ -269,7 +273,7 @@ async def test_a_schedule_taken_out_in_mid_run_keeps_all_snapshots_and_its_recor
 
 
 async def test_a_schedule_taken_out_or_disabled_during_a_retry_is_not_captured(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     entries = [entry("web-1", DAY, first_run="now"), entry("other", DAY, first_run="now"), entry("third", DAY)]
     async with world(tmp_path, *entries) as w:
@@ -282,7 +286,7 @@ async def test_a_schedule_taken_out_or_disabled_during_a_retry_is_not_captured(
         assert "taken out or disabled" in (w.history("web-1")[0].error or "")
 
 
-async def test_a_file_that_cannot_be_read_is_not_made_anew(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_file_that_cannot_be_read_is_not_made_anew(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(60)
         before = w.schedule("web-1")
@@ -310,7 +314,7 @@ async def test_a_file_that_cannot_be_read_is_not_made_anew(tmp_path: Path, autoj
 
 
 async def test_an_operators_pause_between_claim_and_freeze_is_not_undone(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     class PausedMeanwhile(UnsyncedDisk):
         def write(self, descriptor: int, data: bytes) -> None:
@@ -326,7 +330,9 @@ async def test_an_operators_pause_between_claim_and_freeze_is_not_undone(
         assert "Paused now" in (w.schedule("web-1").last_error or "")
 
 
-async def test_a_run_left_open_after_its_thaw_undoes_no_later_pause(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_run_left_open_after_its_thaw_undoes_no_later_pause(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("capture", "web-1", BackendUnavailable("cut"), times=1)
         w.backend.fail("settle", "web-1", BackendUnavailable("busy"))
@@ -340,7 +346,7 @@ async def test_a_run_left_open_after_its_thaw_undoes_no_later_pause(tmp_path: Pa
         assert w.backend.machines[WEB].state is InstanceState.PAUSED
 
 
-async def test_a_pause_that_takes_hold_late_is_undone(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_pause_that_takes_hold_late_is_undone(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("pause", "web-1", times=1)
         w.backend.fail("settle", "web-1", BackendUnavailable("busy"), times=3)
@@ -354,7 +360,7 @@ async def test_a_pause_that_takes_hold_late_is_undone(tmp_path: Path, autojump_c
 
 
 async def test_a_guest_that_cannot_be_resumed_for_long_is_left_to_the_recovery(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("resume", "web-1", BackendUnavailable("no such socket"))
@@ -370,7 +376,7 @@ async def test_a_guest_that_cannot_be_resumed_for_long_is_left_to_the_recovery(
 
 
 async def test_a_slot_that_waits_to_be_recorded_is_not_recorded_twice(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     slow = FakeBackend(clock, capture_s=90)
@@ -384,7 +390,9 @@ async def test_a_slot_that_waits_to_be_recorded_is_not_recorded_twice(
         assert len(due) == len(set(due)) == 2
 
 
-async def test_a_line_that_cannot_be_written_fails_its_own_run_alone(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_line_that_cannot_be_written_fails_its_own_run_alone(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     clock = FakeClock()
     odd, well = FakeBackend(clock, name="odd", settings={"socket": object()}), FakeBackend(clock, name="well")
     odd.add("o-1")
@@ -398,7 +406,7 @@ async def test_a_line_that_cannot_be_written_fails_its_own_run_alone(tmp_path: P
 
 
 async def test_a_crash_of_the_engine_is_not_kept_waiting_by_a_guest_that_does_not_thaw(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     def broken(on_jump: object) -> None:
         raise IndexError("a bug")

@@ -7,7 +7,6 @@ import orjson
 import pytest
 import trio
 from attrs import define
-from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, InstanceNotFound
 from hypemand.core.doubt import Reading
@@ -17,6 +16,7 @@ from hypemand.state.runlog import OLD_SEGMENTS, RunLog, read_log
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.test_runlog import finished, started
+from tests.virtual_time import VirtualClock
 from tests.world import BOOT_ID, entry, world
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
@@ -25,7 +25,7 @@ TEN_YEARS = timedelta(days=3652)
 FILE = "web-1.json"
 
 
-async def test_a_jump_that_another_process_saw_is_still_doubted(autojump_clock: MockClock) -> None:
+async def test_a_jump_that_another_process_saw_is_still_doubted(virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     await trio.sleep(100)
     before = Reading(clock.now(), BOOT_ID, clock.boot_s())
@@ -41,7 +41,7 @@ async def test_a_jump_that_another_process_saw_is_still_doubted(autojump_clock: 
     assert trusting.why_age_waits(HOUR) is None
 
 
-async def test_a_restart_after_a_jump_prunes_nothing_by_age(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_restart_after_a_jump_prunes_nothing_by_age(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
@@ -60,7 +60,7 @@ async def test_a_restart_after_a_jump_prunes_nothing_by_age(tmp_path: Path, auto
 
 @pytest.mark.parametrize("recorded", ["a run of the same boot", "a settled run", "nothing"])
 async def test_a_jump_before_or_over_a_reboot_is_still_doubted_at_the_second_start_after_it(
-    tmp_path: Path, autojump_clock: MockClock, recorded: str
+    tmp_path: Path, virtual_clock: VirtualClock, recorded: str
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -100,7 +100,7 @@ class SlowToDelete(FakeBackend):
 
 
 async def test_what_somebody_wants_to_keep_during_a_slow_deletion_is_kept(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = SlowToDelete(clock)
@@ -117,7 +117,7 @@ async def test_what_somebody_wants_to_keep_during_a_slow_deletion_is_kept(
 
 
 async def test_a_deletion_that_gets_no_answer_ends_the_pruning_of_its_run(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(4 * 3600 + 60)
@@ -131,7 +131,9 @@ async def test_a_deletion_that_gets_no_answer_ends_the_pruning_of_its_run(
         assert len(w.backend.names("web-1")) == 1
 
 
-async def test_a_backend_that_is_slow_to_open_keeps_no_guest_frozen(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_backend_that_is_slow_to_open_keeps_no_guest_frozen(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock, capture_s=10)
     fake.add("web-1")
@@ -171,7 +173,7 @@ async def _a_run(tmp_path: Path, clock: FakeClock, fake: FakeBackend) -> bytes:
 
 
 async def test_a_file_that_is_read_late_does_not_repeat_a_run_of_the_log(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -191,7 +193,9 @@ async def test_a_file_that_is_read_late_does_not_repeat_a_run_of_the_log(
         assert w.outcomes() == ["succeeded"]
 
 
-async def test_a_file_that_turns_out_to_be_invalid_late_is_made_anew(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_file_that_turns_out_to_be_invalid_late_is_made_anew(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
@@ -208,7 +212,7 @@ async def test_a_file_that_turns_out_to_be_invalid_late_is_made_anew(tmp_path: P
         assert w.outcomes() == ["succeeded"] * 2
 
 
-async def test_a_file_that_is_read_late_runs_within_one_interval(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_file_that_is_read_late_runs_within_one_interval(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
@@ -228,7 +232,7 @@ async def test_a_file_that_is_read_late_runs_within_one_interval(tmp_path: Path,
 
 
 async def test_an_instance_that_was_missed_under_a_wrong_clock_is_not_taken_for_long_gone(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -250,7 +254,7 @@ async def test_an_instance_that_was_missed_under_a_wrong_clock_is_not_taken_for_
 
 
 async def test_a_schedule_that_was_made_under_a_clock_ahead_repeats_no_run_after_a_crash(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -271,7 +275,7 @@ async def test_a_schedule_that_was_made_under_a_clock_ahead_repeats_no_run_after
 
 
 async def test_a_run_whose_hypervisor_hangs_holds_up_no_other_that_is_to_be_settled(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock, capture_s=10)
@@ -304,7 +308,7 @@ async def test_lines_that_a_killed_process_did_not_sync_are_durable_before_they_
 
 
 async def test_an_instance_that_nobody_asked_for_meanwhile_is_not_taken_for_gone_all_the_time(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -323,7 +327,7 @@ async def test_an_instance_that_nobody_asked_for_meanwhile_is_not_taken_for_gone
         assert fake.names("web-1") == []
 
 
-async def test_a_file_that_a_reload_finds_invalid_is_made_anew(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_file_that_a_reload_finds_invalid_is_made_anew(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
@@ -341,7 +345,7 @@ async def test_a_file_that_a_reload_finds_invalid_is_made_anew(tmp_path: Path, a
 
 
 async def test_a_doubted_clock_does_not_begin_to_count_how_long_an_instance_is_gone(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)

@@ -7,7 +7,6 @@ import httpx
 import trio
 from attrs import evolve
 from starlette.applications import Starlette
-from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed
 from hypemand.config import RetentionEntry
@@ -17,10 +16,13 @@ from hypemand.engine.requests import Requests
 from tests.fakes import FakeBackend, FakeClock
 from tests.metered import HOUR, SOON, metered, now_and_then
 from tests.prometheus import OPENMETRICS, Page, scrape
+from tests.virtual_time import VirtualClock
 from tests.world import entry
 
 
-async def test_runs_are_counted_by_how_they_ended_and_why_they_began(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_runs_are_counted_by_how_they_ended_and_why_they_began(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     long = timedelta(hours=3)
     async with metered(tmp_path, now_and_then(), capture_timeout=long, max_freeze=long) as (made, metrics):
         await trio.sleep(SOON)
@@ -40,7 +42,7 @@ async def test_runs_are_counted_by_how_they_ended_and_why_they_began(tmp_path: P
     assert page.value("hypemand_last_run_lateness_seconds", "web-1") == 0
 
 
-async def test_lateness_freeze_and_capture_are_counted_in_buckets(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_lateness_freeze_and_capture_are_counted_in_buckets(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, now_and_then()) as (made, metrics):
         made.backend.capture_s = 3.0
         made.backend.fail("state", "web-1", BackendUnavailable("no answer"), times=1)  # the first try, and 60 s later
@@ -60,7 +62,7 @@ async def test_lateness_freeze_and_capture_are_counted_in_buckets(tmp_path: Path
     assert page.value("hypemand_last_run_freeze_seconds", "web-1") == 3.0
 
 
-async def test_clock_set_back_before_a_run_makes_no_sum_fall(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_clock_set_back_before_a_run_makes_no_sum_fall(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, now_and_then()) as (made, metrics):
         await trio.sleep(SOON)
         before = await scrape(metrics)
@@ -73,7 +75,7 @@ async def test_clock_set_back_before_a_run_makes_no_sum_fall(tmp_path: Path, aut
     assert after.value("hypemand_last_run_lateness_seconds", "web-1") == 0
 
 
-async def test_clock_set_back_makes_no_age_negative(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_clock_set_back_makes_no_age_negative(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, now_and_then()) as (made, metrics):
         await trio.sleep(SOON)
         made.clock.jump(timedelta(hours=-2))
@@ -82,7 +84,7 @@ async def test_clock_set_back_makes_no_age_negative(tmp_path: Path, autojump_clo
     assert page.value("hypemand_schedule_age_seconds", "web-1") == 0
 
 
-async def test_a_success_with_something_to_tell_is_no_failure(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_success_with_something_to_tell_is_no_failure(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, now_and_then()) as (made, metrics):
         made.backend.fail("list_snapshots", "web-1", BackendUnavailable("no answer"))
         await trio.sleep(SOON)
@@ -91,7 +93,9 @@ async def test_a_success_with_something_to_tell_is_no_failure(tmp_path: Path, au
     assert page.value("hypemand_last_run_failed", "web-1") == 0
 
 
-async def test_an_instance_that_goes_away_takes_all_its_series_along(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_an_instance_that_goes_away_takes_all_its_series_along(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     async with metered(tmp_path, now_and_then(), now_and_then("web-2")) as (made, metrics):
         await trio.sleep(SOON)
         before = await scrape(metrics)
@@ -109,7 +113,7 @@ async def test_an_instance_that_goes_away_takes_all_its_series_along(tmp_path: P
 
 
 async def test_a_run_that_outlives_its_schedule_brings_no_series_back(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with metered(tmp_path, now_and_then(), now_and_then("web-2")) as (made, metrics):
         made.backend.capture_s = 20.0
@@ -125,7 +129,7 @@ async def test_a_run_that_outlives_its_schedule_brings_no_series_back(
 
 
 async def test_a_run_that_ends_without_a_schedule_is_not_counted_for_the_next_one(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with metered(tmp_path, now_and_then()) as (made, metrics):
         made.backend.capture_s = 20.0
@@ -138,7 +142,7 @@ async def test_a_run_that_ends_without_a_schedule_is_not_counted_for_the_next_on
     assert page.value("hypemand_runs_total", "web-1", outcome="succeeded", trigger="schedule") == 0
 
 
-async def test_slots_that_a_downtime_passed_over_are_counted_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_slots_that_a_downtime_passed_over_are_counted_once(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock, backend = FakeClock(), None
     async with metered(tmp_path, now_and_then(), clock=clock) as (made, metrics):
         backend = made.backend
@@ -154,7 +158,7 @@ async def test_slots_that_a_downtime_passed_over_are_counted_once(tmp_path: Path
     assert after.value("hypemand_last_run_lateness_seconds", "web-1") == 4 * 3600 + SOON
 
 
-async def test_after_a_restart_gauges_are_right_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_after_a_restart_gauges_are_right_at_once(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock, backend = FakeClock(), None
     async with metered(tmp_path, now_and_then(), clock=clock) as (made, metrics):
         backend = made.backend
@@ -181,7 +185,7 @@ async def test_after_a_restart_gauges_are_right_at_once(tmp_path: Path, autojump
 
 
 async def test_where_the_run_log_is_lost_schedule_and_backend_tell_of_the_last_good_snapshot(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock, backend = FakeClock(), None
     async with metered(tmp_path, now_and_then(), now_and_then("web-2"), clock=clock) as (made, _):
@@ -204,7 +208,7 @@ async def test_where_the_run_log_is_lost_schedule_and_backend_tell_of_the_last_g
     assert asked.value("hypemand_last_run_failed", "web-2") == 0
 
 
-async def test_before_the_first_run_nothing_is_said_of_it(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_before_the_first_run_nothing_is_said_of_it(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, entry("web-1", HOUR), entry("off", HOUR, enabled=False)) as (_, metrics):
         await trio.sleep(SOON)
         page = await scrape(metrics)
@@ -218,7 +222,7 @@ async def test_before_the_first_run_nothing_is_said_of_it(tmp_path: Path, autoju
 
 
 async def test_last_good_snapshot_stays_while_a_failure_follows_and_while_the_next_run_prunes(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with metered(tmp_path, now_and_then(max_count=1)) as (made, metrics):
         await trio.sleep(SOON)
@@ -238,7 +242,7 @@ async def test_last_good_snapshot_stays_while_a_failure_follows_and_while_the_ne
 
 
 async def test_a_snapshot_counts_as_good_while_its_run_still_deletes_others(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with metered(tmp_path, now_and_then(max_count=1)) as (made, metrics):
         await trio.sleep(SOON)
@@ -250,7 +254,7 @@ async def test_a_snapshot_counts_as_good_while_its_run_still_deletes_others(
 
 
 async def test_clock_jumps_are_counted_and_pruning_by_age_is_seen_to_wait(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     entries = entry("web-1", HOUR, max_age=timedelta(days=1)), entry("web-2", HOUR, max_count=3)
     async with metered(tmp_path, *entries) as (made, metrics):
@@ -269,7 +273,7 @@ async def test_clock_jumps_are_counted_and_pruning_by_age_is_seen_to_wait(
     assert over.value("hypemand_pruning_by_age_waits") == 0
 
 
-async def test_a_run_that_is_due_and_can_not_begin_is_overdue(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_run_that_is_due_and_can_not_begin_is_overdue(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, now_and_then()) as (made, metrics):
         made.backend.fail("state", "web-1", BackendUnavailable("no answer"))
         await trio.sleep(200)
@@ -277,7 +281,7 @@ async def test_a_run_that_is_due_and_can_not_begin_is_overdue(tmp_path: Path, au
     assert page.value("hypemand_next_run_seconds", "web-1") == -200
 
 
-async def test_schedules_are_counted_by_who_manages_them(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_schedules_are_counted_by_who_manages_them(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, entry("web-1", HOUR), entry("web-2", HOUR, enabled=False)) as (made, metrics):
         made.backend.add("api-1")
         wanted = SetSchedule(interval=HOUR, retention=RetentionEntry(max_count=1))
@@ -295,7 +299,7 @@ async def test_schedules_are_counted_by_who_manages_them(tmp_path: Path, autojum
     assert without.of("api-1") == set()
 
 
-async def test_a_guest_that_was_not_frozen_has_no_freeze(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_guest_that_was_not_frozen_has_no_freeze(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     backend = FakeBackend(clock)
     backend.add("web-1", state=InstanceState.STOPPED)
@@ -309,7 +313,7 @@ async def test_a_guest_that_was_not_frozen_has_no_freeze(tmp_path: Path, autojum
 
 
 async def test_others_have_a_turn_all_the_time_while_a_long_page_is_made(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     turns, over = 0, False
 
@@ -337,7 +341,7 @@ async def scrape_of_none(directory: Path) -> Page:
         return await scrape(metrics)
 
 
-async def test_both_formats_say_the_same(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_both_formats_say_the_same(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with metered(tmp_path, now_and_then(), now_and_then('we"b\\2'.replace('"', "").replace("\\", ""))) as (
         _,
         metrics,
@@ -361,7 +365,9 @@ async def test_both_formats_say_the_same(tmp_path: Path, autojump_clock: MockClo
     assert posted.status_code == 405
 
 
-async def test_who_asks_for_a_format_that_is_none_gets_the_usual_one(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_who_asks_for_a_format_that_is_none_gets_the_usual_one(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     async with metered(tmp_path) as (_, metrics):
         for accept in (f"{OPENMETRICS.partition(';')[0]}; version=zz", "text/plain; version=;q=", ";=,;"):
             text, content_type = await metrics.page(accept)

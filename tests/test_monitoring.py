@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import trio
 from attrs import evolve
-from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed
 from hypemand.surface.metrics.page import Metrics
 from tests.fakes import FakeBackend, FakeClock
 from tests.prometheus import Firing, Page, Recording, blocks, documented, find_promtool, promtool, rules, scrape
+from tests.virtual_time import VirtualClock
 from tests.world import entry, world
 
 MINUTE = timedelta(minutes=1)
@@ -29,7 +29,7 @@ async def recorded(metrics: Metrics, recording: Recording, minutes: int) -> list
 
 
 async def test_every_metric_is_documented_and_every_documented_one_is_there(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", MINUTE)) as made:
         metrics = Metrics(made.engine)
@@ -46,7 +46,7 @@ async def test_every_metric_is_documented_and_every_documented_one_is_there(
     assert sum(not family.samples for family in page.families.values()) <= 2, "nothing but what a guard tells"
 
 
-async def test_promtool_finds_nothing_wrong_with_a_page(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_promtool_finds_nothing_wrong_with_a_page(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", MINUTE)) as made:
         metrics = Metrics(made.engine)
         with made.engine.events.heard_by(metrics.heard):
@@ -77,7 +77,7 @@ async def test_promtool_that_is_required_and_missing_is_an_error(monkeypatch: py
 
 
 async def test_alerts_fire_for_runs_that_fail_freeze_for_long_or_begin_late(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     """Instances that go wrong each in its own way, most from their second run on, an hour after the first."""
     hour, budget = timedelta(hours=1), timedelta(seconds=30)
@@ -121,7 +121,7 @@ async def test_alerts_fire_for_runs_that_fail_freeze_for_long_or_begin_late(
 
 
 async def test_alerts_fire_for_instances_without_a_snapshot_of_late_and_for_a_clock_that_jumped(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     quarter, recording = timedelta(minutes=15), Recording()
     names = ("well", "old", "never")
@@ -150,7 +150,7 @@ def _never(backend: FakeBackend) -> None:
     backend.fail("capture", "never", CaptureFailed("no space"))
 
 
-async def test_alerts_fire_for_a_daemon_that_is_down_or_in_trouble(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_alerts_fire_for_a_daemon_that_is_down_or_in_trouble(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", timedelta(hours=1))) as made:
         page = await scrape(Metrics(made.engine))
     recording = Recording()

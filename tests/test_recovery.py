@@ -8,13 +8,13 @@ import pytest
 import trio
 from attrs import evolve
 from structlog.typing import EventDict
-from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, SnapshotKind, Trigger
 from hypemand.core.naming import scheduled_tags
 from hypemand.state.codec import encode_line
 from tests.fakes import START, FakeBackend, FakeClock, seeded_snapshot
+from tests.virtual_time import VirtualClock
 from tests.world import BOOT_ID, entry, world
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
@@ -59,7 +59,7 @@ def freeze(fake: FakeBackend) -> None:
 
 
 async def test_a_frozen_guest_is_resumed_before_anything_else_runs(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     crash(tmp_path, started(fake))
     freeze(fake)
@@ -75,7 +75,7 @@ async def test_a_frozen_guest_is_resumed_before_anything_else_runs(
 
 
 async def test_a_complete_snapshot_is_adopted_and_becomes_the_last_one(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     crash(tmp_path, started(fake))
     snapshot = evolve(seeded_snapshot("web-1", 1, START - 5 * MINUTE, scheduled_tags(WEB, {})), id="crashed")
@@ -86,7 +86,7 @@ async def test_a_complete_snapshot_is_adopted_and_becomes_the_last_one(
         assert "is kept" in (run.error or "")
 
 
-async def test_a_partial_snapshot_is_removed(tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock) -> None:
+async def test_a_partial_snapshot_is_removed(tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock) -> None:
     crash(tmp_path, started(fake))
     partial = evolve(seeded_snapshot("web-1", 1, START, {}), id="crashed")
     fake.machines[WEB].unpublished["crashed"] = partial
@@ -96,7 +96,7 @@ async def test_a_partial_snapshot_is_removed(tmp_path: Path, fake: FakeBackend, 
 
 
 async def test_while_a_run_is_open_its_instance_gets_no_new_one(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     crash(tmp_path, started(fake))
     fake.fail("settle", "web-1", BackendUnavailable("still saving"))
@@ -110,7 +110,7 @@ async def test_while_a_run_is_open_its_instance_gets_no_new_one(
 
 
 async def test_a_run_that_hangs_on_settling_delays_start_and_others_by_its_time_limit_alone(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     crash(tmp_path, started(fake))
     fake.add("web-1", "web-2")
@@ -135,14 +135,14 @@ async def test_a_run_that_hangs_on_settling_delays_start_and_others_by_its_time_
     ],
 )
 async def test_a_pause_counts_as_ours_only_when_it_provably_is(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock, more: dict[str, object], ours: bool
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock, more: dict[str, object], ours: bool
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR), backends=[fake], clock=FakeClock()) as w:
         assert w.engine.recovery.is_ours(started(fake, **more)) is ours
 
 
 async def test_a_bug_in_settle_keeps_the_run_open_and_hypemand_running(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     crash(tmp_path, started(fake))
     fake.fail("settle", "web-1", ZeroDivisionError("oops"), times=3)
@@ -152,7 +152,7 @@ async def test_a_bug_in_settle_keeps_the_run_open_and_hypemand_running(
 
 
 async def test_a_run_settles_with_the_connection_that_it_began_with(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     other = FakeBackend(fake.clock, settings={"socket": "elsewhere"})
     other.add("web-1")
@@ -164,7 +164,7 @@ async def test_a_run_settles_with_the_connection_that_it_began_with(
 
 
 async def test_whose_lease_was_open_is_known_better_than_by_boot_and_deadline(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     """A run that had thawed its guest when its daemon died: a pause that is found is an operator's."""
     async with world(tmp_path, entry("web-1", HOUR), backends=[fake], serve=False) as w:
@@ -175,7 +175,7 @@ async def test_whose_lease_was_open_is_known_better_than_by_boot_and_deadline(
         assert recovery.is_ours(started(fake, run_id="another", boot_id="before"))
 
 
-async def test_hypervisors_that_hang_keep_no_other_guest_frozen(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_hypervisors_that_hang_keep_no_other_guest_frozen(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     hung, fine = FakeBackend(clock, name="hung"), FakeBackend(clock)
     names = [f"hung-{number}" for number in range(40)]
@@ -195,7 +195,7 @@ async def test_hypervisors_that_hang_keep_no_other_guest_frozen(tmp_path: Path, 
 
 
 async def test_what_can_not_be_settled_is_told_once_a_minute(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock, heard_log: list[EventDict]
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock, heard_log: list[EventDict]
 ) -> None:
     crash(tmp_path, started(fake))
     fake.fail("settle", "web-1", BackendUnavailable("busy"))
@@ -207,7 +207,7 @@ async def test_what_can_not_be_settled_is_told_once_a_minute(
 
 
 async def test_a_freeze_that_would_be_negative_is_not_known(
-    tmp_path: Path, fake: FakeBackend, autojump_clock: MockClock
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
 ) -> None:
     crash(tmp_path, started(fake))
     freeze(fake)

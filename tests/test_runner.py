@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import trio
 from attrs import evolve
-from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, InstanceNotFound
 from hypemand.core.model import Freezer, InstanceId, InstanceState, SnapshotKind
@@ -15,6 +14,7 @@ from hypemand.state.files import Disk
 from hypemand.state.runlog import read_log
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
+from tests.virtual_time import VirtualClock
 from tests.world import World, entry, world
 
 HOUR, MINUTE, DAY = timedelta(hours=1), timedelta(minutes=1), timedelta(days=1)
@@ -38,7 +38,7 @@ def lines_of(w: World) -> list[str]:
     ],
 )
 async def test_the_state_decides_the_kind_and_only_a_running_guest_is_paused(
-    tmp_path: Path, autojump_clock: MockClock, state: InstanceState, kind: SnapshotKind, pauses: int
+    tmp_path: Path, virtual_clock: VirtualClock, state: InstanceState, kind: SnapshotKind, pauses: int
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -57,7 +57,7 @@ async def test_the_state_decides_the_kind_and_only_a_running_guest_is_paused(
     [s for s in InstanceState if s not in (InstanceState.RUNNING, InstanceState.STANDBY, InstanceState.STOPPED)],
 )
 async def test_any_other_state_fails_the_run_and_nothing_is_resumed(
-    tmp_path: Path, autojump_clock: MockClock, state: InstanceState
+    tmp_path: Path, virtual_clock: VirtualClock, state: InstanceState
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -74,7 +74,7 @@ async def test_any_other_state_fails_the_run_and_nothing_is_resumed(
         assert lines_of(w) == ["RunFinished"]
 
 
-async def test_the_started_line_is_durable_before_the_freeze(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_the_started_line_is_durable_before_the_freeze(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
@@ -89,7 +89,7 @@ async def test_the_started_line_is_durable_before_the_freeze(tmp_path: Path, aut
         assert started.freezes is Freezer.ENGINE
 
 
-async def test_without_a_started_line_nothing_is_frozen(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_without_a_started_line_nothing_is_frozen(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     disk = FaultyDisk()
     async with world(tmp_path, entry("web-1", MINUTE), disk=disk) as w:
         disk.fail("sync")
@@ -102,7 +102,7 @@ async def test_without_a_started_line_nothing_is_frozen(tmp_path: Path, autojump
 
 
 async def test_a_failed_capture_leaves_the_guest_running_and_keeps_the_last_snapshot(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(60)
@@ -120,7 +120,7 @@ async def test_a_failed_capture_leaves_the_guest_running_and_keeps_the_last_snap
         assert w.schedule("web-1").last_snapshot_id != kept
 
 
-async def test_a_hanging_capture_is_aborted_at_its_freeze_budget(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_hanging_capture_is_aborted_at_its_freeze_budget(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_freeze=timedelta(seconds=20))) as w:
         w.backend.fail("capture", "web-1")
         await trio.sleep(60)
@@ -132,7 +132,7 @@ async def test_a_hanging_capture_is_aborted_at_its_freeze_budget(tmp_path: Path,
         assert w.backend.machines[WEB].unpublished == {}
 
 
-async def test_a_hanging_pause_counts_as_a_freeze_and_is_undone(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_hanging_pause_counts_as_a_freeze_and_is_undone(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("pause", "web-1", times=1)
         await trio.sleep(60)
@@ -142,7 +142,7 @@ async def test_a_hanging_pause_counts_as_a_freeze_and_is_undone(tmp_path: Path, 
 
 
 async def test_a_resume_that_fails_twice_is_tried_until_it_holds_and_is_told(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("resume", "web-1", BackendUnavailable("monitor cut"), times=2)
@@ -155,7 +155,7 @@ async def test_a_resume_that_fails_twice_is_tried_until_it_holds_and_is_told(
 
 
 async def test_when_capture_and_resume_both_fail_the_error_names_both(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("capture", "web-1", CaptureFailed("disk on fire"))
@@ -167,7 +167,7 @@ async def test_when_capture_and_resume_both_fail_the_error_names_both(
         assert "monitor cut" in error
 
 
-async def test_a_bug_in_the_backend_still_resumes_the_guest(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_bug_in_the_backend_still_resumes_the_guest(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("capture", "web-1", ZeroDivisionError("oops"))
         w.backend.fail("resume", "web-1", KeyError("what"), times=2)
@@ -180,7 +180,7 @@ async def test_a_bug_in_the_backend_still_resumes_the_guest(tmp_path: Path, auto
         assert w.outcomes() == ["failed", "succeeded"]
 
 
-async def test_a_guest_that_ends_during_its_freeze_needs_no_resume(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_guest_that_ends_during_its_freeze_needs_no_resume(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.capture_s = 10
         await trio.sleep(5)
@@ -191,7 +191,7 @@ async def test_a_guest_that_ends_during_its_freeze_needs_no_resume(tmp_path: Pat
 
 
 async def test_an_instance_that_goes_away_during_its_freeze_ends_the_run(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.capture_s = 10
@@ -203,7 +203,7 @@ async def test_an_instance_that_goes_away_during_its_freeze_ends_the_run(
 
 
 async def test_a_stop_in_mid_capture_thaws_records_and_leaves_nothing_partial(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.capture_s = 1000
@@ -220,7 +220,7 @@ async def test_a_stop_in_mid_capture_thaws_records_and_leaves_nothing_partial(
         assert w.backend.machines[WEB].unpublished == {}
 
 
-async def test_a_stop_lets_a_capture_finish_within_its_grace(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_stop_lets_a_capture_finish_within_its_grace(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.capture_s = 8
         await trio.sleep(5)
@@ -229,7 +229,7 @@ async def test_a_stop_lets_a_capture_finish_within_its_grace(tmp_path: Path, aut
         assert w.outcomes() == ["succeeded"]
 
 
-async def test_a_stop_before_the_started_line_leaves_the_slot_due(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_stop_before_the_started_line_leaves_the_slot_due(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("prepare", "web-1")
         await trio.sleep(5)
@@ -240,7 +240,7 @@ async def test_a_stop_before_the_started_line_leaves_the_slot_due(tmp_path: Path
 
 
 async def test_a_guest_that_cannot_be_resumed_is_left_to_the_next_start(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         fake = w.backend
@@ -264,7 +264,7 @@ async def test_a_guest_that_cannot_be_resumed_is_left_to_the_next_start(
 
 @pytest.mark.parametrize(("interval", "tries"), [(MINUTE, 1), (HOUR, 3), (DAY, 4), (10 * MINUTE, 2)])
 async def test_a_transient_failure_is_tried_again_within_a_quarter_of_the_interval(
-    tmp_path: Path, autojump_clock: MockClock, interval: timedelta, tries: int
+    tmp_path: Path, virtual_clock: VirtualClock, interval: timedelta, tries: int
 ) -> None:
     async with world(tmp_path, entry("web-1", interval, first_run="now")) as w:
         w.backend.fail("state", "web-1", BackendUnavailable("connection refused"))
@@ -276,7 +276,7 @@ async def test_a_transient_failure_is_tried_again_within_a_quarter_of_the_interv
         assert "connection refused" in (w.schedule("web-1").last_error or "")
 
 
-async def test_a_retry_that_works_makes_one_run_of_it(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_retry_that_works_makes_one_run_of_it(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", DAY, first_run="now")) as w:
         w.backend.fail("state", "web-1", BackendUnavailable("connection refused"), times=2)
         await trio.sleep(3600)
@@ -287,7 +287,7 @@ async def test_a_retry_that_works_makes_one_run_of_it(tmp_path: Path, autojump_c
 
 
 async def test_an_operators_pause_during_the_wait_for_a_slot_is_not_undone(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     entries = [entry("a", HOUR, first_run="now"), entry("web-1", HOUR, first_run="now")]
     async with world(tmp_path, *entries, concurrency=1) as w:
@@ -301,7 +301,7 @@ async def test_an_operators_pause_during_the_wait_for_a_slot_is_not_undone(
         assert "Paused" in (w.schedule(waiting).last_error or "")
 
 
-async def test_too_little_room_fails_before_any_freeze(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_too_little_room_fails_before_any_freeze(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now"), min_free=1000) as w:
         w.room.free_bytes = 1099
         await trio.sleep(60)
@@ -314,7 +314,7 @@ async def test_too_little_room_fails_before_any_freeze(tmp_path: Path, autojump_
         assert w.outcomes()[-1] == "succeeded"
 
 
-async def test_captures_under_way_count_against_the_room(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_captures_under_way_count_against_the_room(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     entries = [entry(name, HOUR, first_run="now") for name in ("a", "b", "c")]
     async with world(tmp_path, *entries, concurrency=8) as w:
         w.room.free_bytes = 250
@@ -323,7 +323,7 @@ async def test_captures_under_way_count_against_the_room(tmp_path: Path, autojum
 
 
 async def test_a_capture_that_cannot_be_aborted_gives_its_slot_back_at_the_budget(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     slow = FakeBackend(clock, name="slow", freezes=Freezer.HYPERVISOR, abortable=False, capture_s=600)
@@ -344,7 +344,7 @@ async def test_a_capture_that_cannot_be_aborted_gives_its_slot_back_at_the_budge
 
 
 async def test_a_save_that_outlives_its_time_limit_stays_open_until_the_hypervisor_is_done(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     slow = FakeBackend(clock, freezes=Freezer.HYPERVISOR, abortable=False, capture_s=400)
@@ -369,7 +369,7 @@ async def test_a_save_that_outlives_its_time_limit_stays_open_until_the_hypervis
 
 
 async def test_pruning_spares_other_peoples_snapshots_and_the_one_just_taken(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=2)) as w:
         await trio.sleep(60)
@@ -390,7 +390,7 @@ async def test_pruning_spares_other_peoples_snapshots_and_the_one_just_taken(
 
 
 async def test_one_snapshot_that_cannot_be_deleted_stops_no_other_and_is_tried_again(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=3)) as w:
         await trio.sleep(2 * 3600 + 60)
@@ -411,7 +411,7 @@ async def test_one_snapshot_that_cannot_be_deleted_stops_no_other_and_is_tried_a
 
 
 async def test_an_unreachable_hypervisor_prunes_nothing_and_ends_no_schedule(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -429,7 +429,7 @@ async def test_an_unreachable_hypervisor_prunes_nothing_and_ends_no_schedule(
 
 
 async def test_a_gone_instance_prunes_only_after_24_hours_of_authoritative_answers(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -453,7 +453,7 @@ async def test_a_gone_instance_prunes_only_after_24_hours_of_authoritative_answe
         assert w.outcomes()[-1] == "succeeded"
 
 
-async def test_the_run_log_line_of_each_outcome_is_written_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_the_run_log_line_of_each_outcome_is_written_once(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         w.backend.fail("capture", "web-1", CaptureFailed("x"), times=2)
         await trio.sleep(5 * 3600 + 60)
@@ -462,7 +462,7 @@ async def test_the_run_log_line_of_each_outcome_is_written_once(tmp_path: Path, 
         assert encode_line(w.history()[0]).endswith(b"}\n")
 
 
-async def test_an_outcome_that_cannot_be_written_is_written_later(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_an_outcome_that_cannot_be_written_is_written_later(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     disk = FaultyDisk()
     async with world(tmp_path, entry("web-1", HOUR, first_run="now"), disk=disk) as w:
         w.backend.capture_s = 5
@@ -478,7 +478,7 @@ async def test_an_outcome_that_cannot_be_written_is_written_later(tmp_path: Path
 
 
 async def test_a_schedule_whose_backend_is_not_in_the_config_fails_its_runs(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(60)
@@ -488,7 +488,7 @@ async def test_a_schedule_whose_backend_is_not_in_the_config_fails_its_runs(
         assert "backend 'lost' is not in the config" in (w.schedule("web-1").last_error or "")
 
 
-async def test_max_count_one_keeps_one_as_the_plan_says(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_max_count_one_keeps_one_as_the_plan_says(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     """The snapshot just taken is the last good one; the one before it no longer is."""
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1)) as w:
         await trio.sleep(3 * 3600 + 60)
@@ -497,7 +497,7 @@ async def test_max_count_one_keeps_one_as_the_plan_says(tmp_path: Path, autojump
 
 
 async def test_what_the_file_names_as_the_last_snapshot_is_pruned_at_no_moment(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1)) as w:
         await trio.sleep(60)
@@ -511,7 +511,7 @@ async def test_what_the_file_names_as_the_last_snapshot_is_pruned_at_no_moment(
 
 
 async def test_the_last_snapshot_stays_while_its_successor_cannot_be_written_down(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     disk = FaultyDisk()
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1), disk=disk) as w:
@@ -526,7 +526,7 @@ async def test_the_last_snapshot_stays_while_its_successor_cannot_be_written_dow
         assert len(w.backend.names("web-1")) == 1
 
 
-async def test_a_failed_run_prunes_nothing(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_failed_run_prunes_nothing(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=1, max_age=MINUTE)) as w:
         await trio.sleep(60)
         w.backend.fail("capture", "web-1", CaptureFailed("x"))

@@ -8,17 +8,19 @@ from pathlib import Path
 import pytest
 import trio
 from attrs import evolve
-from trio.testing import MockClock
 
 from hypemand.core.cadence import first_run, jitter
 from hypemand.core.model import InstanceId
 from tests.fakes import START, FakeBackend, FakeClock
+from tests.virtual_time import VirtualClock
 from tests.world import entry, world
 
 HOUR, MINUTE, DAY = timedelta(hours=1), timedelta(minutes=1), timedelta(days=1)
 
 
-async def test_the_first_run_now_starts_at_once_and_the_grid_follows(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_the_first_run_now_starts_at_once_and_the_grid_follows(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(2 * 3600 + 60)
         assert [run.due_at for run in w.history()] == [START, START + HOUR, START + 2 * HOUR]
@@ -27,7 +29,7 @@ async def test_the_first_run_now_starts_at_once_and_the_grid_follows(tmp_path: P
         assert w.schedule("web-1").next_run_at == START + 3 * HOUR
 
 
-async def test_without_first_run_the_cadence_of_hypeman_holds(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_without_first_run_the_cadence_of_hypeman_holds(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR)) as w:
         expected = first_run(InstanceId("web-1"), HOUR, now=START, wanted=None, zone=w.clock.zone())
         assert w.schedule("web-1").next_run_at == expected
@@ -47,7 +49,7 @@ def quick_path(tmp_path: Path) -> Iterator[Path]:
 
 
 async def test_a_week_of_a_hundred_schedules_is_complete_on_time_and_pruned(
-    quick_path: Path, autojump_clock: MockClock
+    quick_path: Path, virtual_clock: VirtualClock
 ) -> None:
     entries = [entry(f"vm-{n}", HOUR, max_count=5) for n in range(100)]
     async with world(quick_path, *entries, concurrency=8) as w:
@@ -65,7 +67,7 @@ async def test_a_week_of_a_hundred_schedules_is_complete_on_time_and_pruned(
 
 
 async def test_many_due_at_one_instant_all_run_within_the_limit_of_concurrency(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     entries = [entry(f"vm-{n}", HOUR, first_run="now") for n in range(20)]
     async with world(tmp_path, *entries, concurrency=4, fake_concurrency=4) as w:
@@ -74,7 +76,7 @@ async def test_many_due_at_one_instant_all_run_within_the_limit_of_concurrency(
         assert w.backend.most_capturing == 4
 
 
-async def test_each_backend_has_half_of_the_slots_by_default(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_each_backend_has_half_of_the_slots_by_default(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     left, right = FakeBackend(clock, name="left"), FakeBackend(clock, name="right")
     left.add(*(f"l-{n}" for n in range(6)))
@@ -88,7 +90,7 @@ async def test_each_backend_has_half_of_the_slots_by_default(tmp_path: Path, aut
         assert (left.most_capturing, right.most_capturing) == (2, 2)
 
 
-async def test_a_hung_hypervisor_delays_no_other_schedule(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_hung_hypervisor_delays_no_other_schedule(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     clock = FakeClock()
     hung, well = FakeBackend(clock, name="hung"), FakeBackend(clock, name="well")
     hung.add(*(f"h-{n}" for n in range(10)))
@@ -108,7 +110,7 @@ async def test_a_hung_hypervisor_delays_no_other_schedule(tmp_path: Path, autoju
 
 
 async def test_a_hung_guest_holds_up_no_other_guest_of_its_own_backend(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     fake = FakeBackend(clock)
@@ -122,7 +124,7 @@ async def test_a_hung_guest_holds_up_no_other_guest_of_its_own_backend(
 
 
 async def test_a_slot_that_comes_due_during_its_run_is_skipped_and_says_why(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock()
     slow = FakeBackend(clock, capture_s=150)
@@ -146,7 +148,7 @@ async def test_a_slot_that_comes_due_during_its_run_is_skipped_and_says_why(
         assert schedule.last_error is None
 
 
-async def test_after_a_downtime_there_is_one_run_and_then_the_grid(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_after_a_downtime_there_is_one_run_and_then_the_grid(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(60)
         kept = w.backend
@@ -163,7 +165,7 @@ async def test_after_a_downtime_there_is_one_run_and_then_the_grid(tmp_path: Pat
 
 
 async def test_many_missed_runs_are_spread_within_a_tenth_of_the_smallest_interval(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     entries = [entry(f"vm-{n}", HOUR if n else 10 * MINUTE) for n in range(50)]
     async with world(tmp_path, *entries) as w:
@@ -185,7 +187,7 @@ async def test_many_missed_runs_are_spread_within_a_tenth_of_the_smallest_interv
 
 
 async def test_a_disabled_schedule_does_not_run_and_goes_on_at_the_next_slot_of_its_grid(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     on = entry("web-1", HOUR, first_run="now")
     async with world(tmp_path, on) as w:
@@ -202,7 +204,7 @@ async def test_a_disabled_schedule_does_not_run_and_goes_on_at_the_next_slot_of_
 
 @pytest.mark.parametrize("jump", [HOUR, -HOUR, DAY, -DAY, 3650 * DAY, -3650 * DAY])
 async def test_after_a_clock_jump_the_next_run_comes_within_one_interval(
-    tmp_path: Path, autojump_clock: MockClock, jump: timedelta
+    tmp_path: Path, virtual_clock: VirtualClock, jump: timedelta
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_age=2 * HOUR)) as w:
         await trio.sleep(4 * 3600 + 1800)
@@ -216,7 +218,7 @@ async def test_after_a_clock_jump_the_next_run_comes_within_one_interval(
         assert w.schedule("web-1").next_run_at - w.clock.now() <= HOUR
 
 
-async def test_pruning_by_age_goes_on_after_one_clean_interval(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_pruning_by_age_goes_on_after_one_clean_interval(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_age=2 * HOUR)) as w:
         await trio.sleep(600)
         w.clock.jump(timedelta(minutes=1))
@@ -226,7 +228,7 @@ async def test_pruning_by_age_goes_on_after_one_clean_interval(tmp_path: Path, a
 
 
 async def test_pruning_by_age_waits_while_the_clock_is_not_synchronised(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     clock = FakeClock(synced=False)
     async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_age=2 * HOUR), clock=clock) as w:
@@ -238,7 +240,7 @@ async def test_pruning_by_age_waits_while_the_clock_is_not_synchronised(
 
 
 async def test_a_start_with_a_clock_before_the_recorded_past_prunes_nothing_by_age_for_an_interval(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     nightly = entry("web-1", HOUR, first_run="now", max_age=2 * HOUR, max_count=0)
     async with world(tmp_path, nightly) as w:
@@ -255,7 +257,7 @@ async def test_a_start_with_a_clock_before_the_recorded_past_prunes_nothing_by_a
 
 
 async def test_a_next_run_in_the_year_9999_is_brought_back_onto_its_grid(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now")) as w:
         await trio.sleep(60)
@@ -272,7 +274,7 @@ async def test_a_next_run_in_the_year_9999_is_brought_back_onto_its_grid(
         assert len(w.history()) == 2
 
 
-async def test_a_changed_interval_takes_effect_at_once(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_changed_interval_takes_effect_at_once(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", DAY)) as w:
         await trio.sleep(60)
         await w.apply(entry("web-1", MINUTE))
@@ -280,7 +282,7 @@ async def test_a_changed_interval_takes_effect_at_once(tmp_path: Path, autojump_
         assert len(w.history()) >= 3
 
 
-async def test_a_schedule_taken_out_no_longer_runs(tmp_path: Path, autojump_clock: MockClock) -> None:
+async def test_a_schedule_taken_out_no_longer_runs(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", MINUTE), entry("web-2", MINUTE)) as w:
         await trio.sleep(100)
         await w.apply(entry("web-2", MINUTE))

@@ -8,6 +8,7 @@ from attrs import define
 
 from hypemand.core.model import InstanceId, InstanceState
 from tests.simulation.hypervisor import OPERATOR, Hypervisor
+from tests.virtual_time import VirtualClock
 
 if TYPE_CHECKING:
     from tests.simulation.events import Events
@@ -163,7 +164,7 @@ class Hosts:
 
     def _leap(self, seconds: float) -> None:
         clock = trio.lowlevel.current_clock()
-        assert isinstance(clock, trio.testing.MockClock)
+        assert isinstance(clock, VirtualClock)
         clock.jump(seconds)
         self.world.oracle.disturbed("loop")
 

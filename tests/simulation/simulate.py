@@ -10,11 +10,11 @@ from typing import Any
 
 import structlog
 import trio
-import trio.testing
 from attrs import define, field
 
 from tests.simulation.oracle import Violation
 from tests.simulation.world import World
+from tests.virtual_time import VirtualClock
 
 
 def make_deterministic(seed: int) -> None:
@@ -94,7 +94,7 @@ def simulate(seed: int, figures: Figures) -> Outcome:
     gc.disable()  # a collection in the middle would finish generators at another moment each time
     try:
         world = World(seed, root)
-        clock = trio.testing.MockClock(autojump_threshold=0)
+        clock = VirtualClock()
         trio.run(world.run, clock=clock)
         figures.add(world, clock.current_time())
         return Outcome(seed, world.oracle.violation, world.digest, [*world.last_events])
