@@ -9,6 +9,7 @@ import structlog.testing
 from hypothesis import settings
 from structlog.typing import EventDict
 
+from tests.processes import TOLD
 from tests.qemu_guest import require_qemu
 from tests.virtual_time import VirtualClock
 
@@ -40,6 +41,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.name in ONE_AT_A_TIME:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests have to tell of what they did, wherever they ran."""
+    for report in [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]:
+        for key, told in report.user_properties:
+            if key == TOLD:
+                terminalreporter.section(report.nodeid)
+                terminalreporter.write_line(str(told))
 
 
 @pytest.fixture

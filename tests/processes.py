@@ -16,6 +16,8 @@ import trio
 from attrs import frozen
 
 ROOT = Path(__file__).parent.parent
+TOLD = "told"
+"""What a test records by ``record_property`` under this name is printed when all have ended."""
 PATIENCE_S = 60.0
 """Longer than anything takes on a busy machine; nothing waits for it that goes well."""
 _LOOK_S = 0.02

@@ -4,7 +4,6 @@ import json
 import random
 import secrets
 import shutil
-import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,19 +21,18 @@ from tests.kills.harness import Harness, Outcome
 from tests.kills.places import GUEST, OF_THE_ENGINE, OPERATORS, STEPS, By, How, Kill, Phase
 from tests.kills.plan import matrix
 from tests.kills.report import figures, summary
-from tests.processes import Lab, Ran, instant
+from tests.processes import TOLD, Lab, Ran, instant
 
 AT_LEAST = 40
 
 
 @pytest.mark.qemu
 async def test_a_daemon_killed_or_hung_at_any_step_leaves_no_guest_frozen_and_no_run_lost_or_doubled(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     campaign = Campaign(secrets.randbelow(10**9), tmp_path, lambda line: None)
     await campaign.run(None)
-    with capsys.disabled():
-        sys.stdout.write(f"\n{summary(campaign)}\n")
+    record_property(TOLD, summary(campaign))
     assert campaign.failures == [], summary(campaign)
     seen = {(outcome.ground, outcome.kill.step) for outcome in campaign.outcomes}
     assert seen == {
