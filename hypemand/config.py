@@ -1,10 +1,8 @@
 """The config file: TOML to a frozen `Config`, with every problem listed by its dotted path."""
 
-import ipaddress
 import re
 import tomllib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -13,7 +11,8 @@ from typing import Any
 
 from attrs import Factory, frozen
 
-from hypemand.core.errors import InvalidInput, Problem, RuleBroken
+from hypemand.config_rules import api_problems, hook_problems, is_pattern, schedule_problems
+from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.model import (
     FirstRun,
     InstanceId,
@@ -27,10 +26,8 @@ from hypemand.core.model import (
     Retention,
     Size,
 )
-from hypemand.core.naming import check_instance_id
 from hypemand.core.structure import new_converter, resolve_paths, structure
 
-_PATTERN = re.compile(r"[A-Za-z0-9_*?\[\]!-][A-Za-z0-9._*?\[\]!-]{0,127}")
 _BACKEND_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,62}")
 _OURS = frozenset({"type", "concurrency"})
 
@@ -181,11 +178,6 @@ ParseSettings = Callable[[str, Mapping[str, Any]], Any]
 """Type name and table of a backend to its settings; raises InvalidInput with paths relative to the table."""
 
 
-def is_pattern(instance: str) -> bool:
-    """Whether *instance* of a schedule entry is a pattern, not an id."""
-    return any(character in instance for character in "*?[")
-
-
 def parse_config(data: bytes, base: Path, state_dir: Path, parse_settings: ParseSettings) -> Config:
     """The config in *data*.
 
@@ -206,9 +198,9 @@ def parse_config(data: bytes, base: Path, state_dir: Path, parse_settings: Parse
     backends, backend_problems = _parse_backends(raw.get("backends"), base, parse_settings)
     problems += [
         *backend_problems,
-        *_schedule_problems(raw),
-        *_api_problems(raw.get("api")),
-        *_hook_problems(raw.get("hooks")),
+        *schedule_problems(raw),
+        *api_problems(raw.get("api")),
+        *hook_problems(raw.get("hooks")),
     ]
     if problems:
         raise InvalidInput(dict.fromkeys(problems))
@@ -252,70 +244,6 @@ def _parse_backends(
         except InvalidInput as error:
             problems += [problem.under(path) for problem in error.problems]
     return backends, problems
-
-
-def _schedule_problems(raw: Mapping[str, Any]) -> Iterator[Problem]:
-    entries = raw.get("schedules")
-    tables = [entry if isinstance(entry, dict) else {} for entry in entries] if isinstance(entries, list) else []
-    backends = raw.get("backends")
-    known = list(backends) if isinstance(backends, dict) else []
-    seen: Counter[str] = Counter()
-    for index, table in enumerate(tables):
-        path = f"schedules[{index}]"
-        instance, backend = table.get("instance"), table.get("backend")
-        if isinstance(instance, str):
-            yield from _instance_problems(f"{path}.instance", instance, seen)
-        if backend is None and len(known) != 1:
-            several = "several backends: " + ", ".join(known) if known else "no backend"
-            yield Problem(f"{path}.backend", f"is missing; the config has {several}")
-        if isinstance(backend, str) and backend not in known:
-            yield Problem(f"{path}.backend", f"{backend!r} is not a backend here; known: {', '.join(known) or 'none'}")
-
-
-def _instance_problems(path: str, instance: str, seen: Counter[str]) -> Iterator[Problem]:
-    seen[instance] += 1
-    if seen[instance] == 2:
-        yield Problem(path, f"{instance!r} has a schedule already: one for each instance")
-    if is_pattern(instance):
-        if not _PATTERN.fullmatch(instance):
-            yield Problem(path, f"{instance!r} must be a pattern of A-Z a-z 0-9 . _ - * ? [ ] without a leading dot")
-        return
-    try:
-        check_instance_id(instance)
-    except RuleBroken as error:
-        yield Problem(path, str(error))
-
-
-def _api_problems(raw: object) -> Iterator[Problem]:
-    listen = raw.get("listen") if isinstance(raw, dict) else None
-    if not isinstance(raw, dict) or not isinstance(listen, str):
-        return
-    host, _, port = listen.rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        yield Problem("api.listen", f'{listen!r} must be an address and a port, like "127.0.0.1:8080"')
-        return
-    for key in ("tls_cert", "tls_key"):
-        if key not in raw and not _is_loopback(host.strip("[]")):
-            yield Problem(f"api.{key}", f"is missing; {host} can be reached from other machines, so it needs TLS")
-
-
-def _hook_problems(raw: object) -> Iterator[Problem]:
-    for key in ("on_failure", "on_success"):
-        words = raw.get(key) if isinstance(raw, dict) else None
-        if not isinstance(words, list) or not words:
-            continue
-        if any(isinstance(word, str) and "\0" in word for word in words):
-            yield Problem(f"hooks.{key}", "has a NUL, which no command can be given")
-        if isinstance(words[0], str) and not words[0].startswith("/"):
-            why = "a service is started with a PATH, and in a directory, other than yours"
-            yield Problem(f"hooks.{key}[0]", f"{words[0]!r} must be an absolute path: {why}")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 GUARD_OFF = (

@@ -166,9 +166,9 @@ class FaultyDisk(InlineDisk):
         super().write(descriptor, data[: fault.after])
         raise fault.exception(None)
 
-    def write_again(self, path: Path, offset: int, data: bytes) -> None:
+    def write_again(self, path: Path, start: int, end: int) -> None:
         self._check("write_again", path)
-        super().write_again(path, offset, data)
+        super().write_again(path, start, end)
 
     def sync(self, descriptor: int) -> None:
         self._check("sync", size=os.fstat(descriptor).st_size)

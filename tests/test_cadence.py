@@ -10,7 +10,7 @@ from attrs import evolve
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hypemand.core.cadence import Slot, check_first_run, first_run, jitter, jitter_ns, next_slot, reanchor
+from hypemand.core.cadence import Slot, check_first_run, first_run, jitter, jitter_ns, next_slot, reanchor, stale_after
 from hypemand.core.duration import parse_ns
 from hypemand.core.errors import RuleBroken
 from hypemand.core.model import Retention, Schedule, Settings
@@ -50,6 +50,12 @@ def made(interval: timedelta, next_run_at: datetime, settings: Settings = PLAIN,
         last_run_at=NOW - interval if ran else None,
         settings=settings,
     )
+
+
+def test_a_good_snapshot_is_stale_after_two_intervals_and_the_jitter() -> None:
+    hour = timedelta(hours=1)
+    assert stale_after("web-1", hour) == 2 * hour + jitter("web-1", hour)
+    assert stale_after("web-1", hour) > 2 * hour
 
 
 def test_jitter_is_that_of_hypeman() -> None:

@@ -4,7 +4,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hypemand.backends.base import BackendError, Surroundings
 from hypemand.conformance import Case, Traits, conformance, conformance_cases
 from hypemand.conformance.faults import FAULTS, KILLS
 from hypemand.conformance.steps import STEPS
+from hypemand.conformance.subject import Subject
 from hypemand.conformance.suite import run_case
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Freezer
@@ -82,8 +83,15 @@ def _reasons(error: BaseException) -> Iterator[BaseException]:
     "case", [pytest.param(case, id=case.name) for case in conformance_cases(WITHOUT_MARK) if "killed" not in case.name]
 )
 def test_a_backend_without_a_mark_of_its_own_can_keep_the_rest(case: Case, tmp_path: Path) -> None:
+    tried = []
+
+    def subject(directory: Path) -> AbstractAsyncContextManager[Subject]:
+        tried.append(directory.parent)
+        return example_subject(directory, "GoesByOursAlone")
+
     with _installed("GoesByOursAlone", tmp_path):
-        run_case(case, lambda directory: example_subject(directory, "GoesByOursAlone"), tmp_path / "case")
+        run_case(case, subject, tmp_path / "case")  # raises what it finds
+    assert tried == [tmp_path / "case"]
 
 
 def test_the_example_is_found_through_its_entry_point_alone(tmp_path: Path) -> None:

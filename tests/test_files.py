@@ -243,3 +243,28 @@ async def test_an_error_of_the_work_reaches_the_caller(tmp_path: Path) -> None:
     disk = Disk()
     with pytest.raises(FileNotFoundError):
         await disk.call(disk.read, tmp_path / "missing")
+
+
+def test_what_is_written_again_is_the_same_and_whole_however_little_is_taken_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"0123456789")
+    written: list[tuple[int, bytes]] = []
+    pwrite = os.pwrite
+
+    def little(descriptor: int, data: bytes, offset: int) -> int:
+        written.append((offset, data[:3]))
+        return pwrite(descriptor, data[:3], offset)
+
+    monkeypatch.setattr(os, "pwrite", little)
+    Disk().write_again(path, 2, 9)
+    assert written == [(2, b"234"), (5, b"567"), (8, b"8")]
+    assert path.read_bytes() == b"0123456789"
+
+
+def test_a_file_that_has_become_shorter_is_not_made_longer_by_writing_it_again(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(b"01234")
+    Disk().write_again(path, 3, 9)
+    assert path.read_bytes() == b"01234"

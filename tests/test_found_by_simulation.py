@@ -1,5 +1,7 @@
 """What the simulation found in the engine, each as a small case of its own."""
 
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.test_runlog import finished, started
 from tests.virtual_time import VirtualClock
-from tests.world import BOOT_ID, entry, world
+from tests.world import BOOT_ID, World, entry, world
 
 HOUR, MINUTE = timedelta(hours=1), timedelta(minutes=1)
 WEB = InstanceId("web-1")
@@ -164,27 +166,39 @@ async def test_a_backend_that_is_slow_to_open_keeps_no_guest_frozen(
     assert thawed_at[0] < 1
 
 
-async def _a_run(tmp_path: Path, clock: FakeClock, fake: FakeBackend) -> bytes:
-    """One run; the schedule's file as it was before."""
-    async with world(tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock) as w:
-        before = (w.engine.store.directory / FILE).read_bytes()
+@asynccontextmanager
+async def started_over(
+    tmp_path: Path, change: Callable[[bytes, bytes], bytes]
+) -> AsyncIterator[tuple[World, FaultyDisk]]:
+    """A start after one run, whose schedule file was changed meanwhile, and can't be read before the disk heals.
+
+    Args:
+        change: From the file before the run and after it to what it holds now.
+    """
+    clock = FakeClock()
+    fake = FakeBackend(clock)
+    fake.add("web-1")
+    path = tmp_path / "schedules" / FILE
+    kept = entry("web-1", HOUR, first_run="now")
+    async with world(tmp_path, kept, backends=[fake], clock=clock):
+        before = path.read_bytes()
         await trio.sleep(60)
-    return before
+    path.write_bytes(change(before, path.read_bytes()))
+    disk = FaultyDisk()
+    disk.fail("read", name=FILE)
+    async with world(tmp_path, kept, backends=[fake], clock=clock, disk=disk, first_id=100) as w:
+        yield w, disk
+
+
+def broken(before: bytes, after: bytes) -> bytes:
+    return b"{"
 
 
 async def test_a_file_that_is_read_late_does_not_repeat_a_run_of_the_log(
     tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
-    clock = FakeClock()
-    fake = FakeBackend(clock)
-    fake.add("web-1")
-    before = await _a_run(tmp_path, clock, fake)
-    (tmp_path / "schedules" / FILE).write_bytes(before)  # a crash came before the file was written
-    disk = FaultyDisk()
-    disk.fail("read", name=FILE)
-    async with world(
-        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
-    ) as w:
+    # A crash came before the file was written.
+    async with started_over(tmp_path, lambda before, after: before) as (w, disk):
         await trio.sleep(1)
         assert WEB not in w.engine.store.schedules
         disk.heal()
@@ -196,16 +210,7 @@ async def test_a_file_that_is_read_late_does_not_repeat_a_run_of_the_log(
 async def test_a_file_that_turns_out_to_be_invalid_late_is_made_anew(
     tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
-    clock = FakeClock()
-    fake = FakeBackend(clock)
-    fake.add("web-1")
-    await _a_run(tmp_path, clock, fake)
-    (tmp_path / "schedules" / FILE).write_bytes(b"{")
-    disk = FaultyDisk()
-    disk.fail("read", name=FILE)
-    async with world(
-        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
-    ) as w:
+    async with started_over(tmp_path, broken) as (w, disk):
         disk.heal()
         await trio.sleep(3700)
         assert WEB in w.engine.store.schedules
@@ -213,19 +218,10 @@ async def test_a_file_that_turns_out_to_be_invalid_late_is_made_anew(
 
 
 async def test_a_file_that_is_read_late_runs_within_one_interval(tmp_path: Path, virtual_clock: VirtualClock) -> None:
-    clock = FakeClock()
-    fake = FakeBackend(clock)
-    fake.add("web-1")
-    await _a_run(tmp_path, clock, fake)
-    path = tmp_path / "schedules" / FILE
-    document = orjson.loads(path.read_bytes())
-    document["next_run_at"] = "2036-03-09T02:00:00Z"
-    path.write_bytes(orjson.dumps(document))
-    disk = FaultyDisk()
-    disk.fail("read", name=FILE)
-    async with world(
-        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
-    ) as w:
+    def far_ahead(before: bytes, after: bytes) -> bytes:
+        return orjson.dumps(orjson.loads(after) | {"next_run_at": "2036-03-09T02:00:00Z"})
+
+    async with started_over(tmp_path, far_ahead) as (w, disk):
         disk.heal()
         await trio.sleep(3700)
         assert w.outcomes() == ["succeeded"] * 2
@@ -237,7 +233,8 @@ async def test_an_instance_that_was_missed_under_a_wrong_clock_is_not_taken_for_
     clock = FakeClock()
     fake = FakeBackend(clock)
     fake.add("web-1")
-    await _a_run(tmp_path, clock, fake)
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock):
+        await trio.sleep(60)
     taken = fake.names("web-1")
     path = tmp_path / "schedules" / FILE
     document = orjson.loads(path.read_bytes())
@@ -328,16 +325,7 @@ async def test_an_instance_that_nobody_asked_for_meanwhile_is_not_taken_for_gone
 
 
 async def test_a_file_that_a_reload_finds_invalid_is_made_anew(tmp_path: Path, virtual_clock: VirtualClock) -> None:
-    clock = FakeClock()
-    fake = FakeBackend(clock)
-    fake.add("web-1")
-    await _a_run(tmp_path, clock, fake)
-    (tmp_path / "schedules" / FILE).write_bytes(b"{")
-    disk = FaultyDisk()
-    disk.fail("read", name=FILE)
-    async with world(
-        tmp_path, entry("web-1", HOUR, first_run="now"), backends=[fake], clock=clock, disk=disk, first_id=100
-    ) as w:
+    async with started_over(tmp_path, broken) as (w, disk):
         disk.heal()
         await w.engine.reread()
         await trio.sleep(1)

@@ -326,9 +326,10 @@ async def test_signals_do_not_end_it(tmp_path: Path, number: signal.Signals) -> 
                 await made.lease("r1", 60)
             os.kill(made.guard_pid, number)
         await made.lease("r2", 60)
+        assert made.lives
         made.owner.kill()
         made.hang_up()
-        await made.settled()
+        assert (await made.settled())["pid"]
 
 
 async def test_a_reader_of_the_log_that_is_gone_does_not_end_it(tmp_path: Path) -> None:

@@ -147,14 +147,17 @@ def test_a_reader_that_stalls_holds_up_neither_the_program_nor_its_end() -> None
     reading, writing = os.pipe()
     with os.fdopen(writing, "wb") as stderr:
         run('for number in range(12_000): log.info("a line of some length", number=number)', stderr=stderr)
+    [first, *_] = os.read(reading, 65536).splitlines()
     os.close(reading)
+    assert json.loads(first)["number"] == 0
 
 
 def test_a_reader_that_is_gone_does_not_harm_the_program() -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with os.fdopen(writing, "wb") as stderr:
-        run('for number in range(100): log.info("a line", number=number)', stderr=stderr)
+        nothing = run('for number in range(100): log.info("a line", number=number)', stderr=stderr)
+    assert nothing == ""  # and its exit status was 0
 
 
 def test_a_program_without_stderr_runs() -> None:

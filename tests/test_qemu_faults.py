@@ -147,7 +147,8 @@ async def test_a_qemu_that_is_frozen_when_its_run_begins(tmp_path: Path, sockets
         mark = await site.run_due()
         await site.assert_others_are_on_time()
         failed = await site.daemon.wait_for("run failed", since=mark, instance_id="web-1")
-        assert "no greeting" in failed["error"]
+        # A question of the daemon's start may be the one that gets no answer, and holds the monitor.
+        assert re.search("no greeting|QEMU does not answer", failed["error"])
         guest.process.send_signal(signal.SIGCONT)
         await site.assert_next_slot_works(guest)
 

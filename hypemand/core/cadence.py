@@ -36,6 +36,11 @@ def jitter(instance: str, interval: timedelta) -> timedelta:
     return timedelta(microseconds=jitter_ns(instance, to_ns(interval)) // 1000)
 
 
+def stale_after(instance: str, interval: timedelta) -> timedelta:
+    """How old the last good snapshot may become, or the schedule without one: two intervals, and the jitter."""
+    return 2 * interval + jitter(instance, interval)
+
+
 def check_first_run(value: object) -> str:
     """*value*, if it says when a schedule runs first: ``now`` or a local time of day ``HH:MM``.
 

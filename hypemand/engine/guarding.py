@@ -16,6 +16,7 @@ import trio
 from attrs import define, field, frozen
 
 from hypemand.engine import guard
+from hypemand.engine.children import watched
 from hypemand.engine.leases import NoGuardError
 
 START_S = 10.0
@@ -219,12 +220,7 @@ class Guarding:
                 [sys.executable, "-I", "-S", guard.__file__, *arguments, *self.settle_command],
                 {_INBOX: theirs_in, _OUTBOX: theirs_out},
             )
-            try:
-                pidfd = os.pidfd_open(pid)
-            except OSError:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                raise
+            pidfd = watched(pid)
         except BaseException:
             os.close(ours_in)
             os.close(ours_out)

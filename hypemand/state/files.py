@@ -102,15 +102,16 @@ class Disk:
         while view:
             view = view[os.write(descriptor, view) :]
 
-    def write_again(self, path: Path, offset: int, data: bytes) -> None:
-        """Write *data*, which *path* holds at *offset* already: the next sync has to bring it to stable storage.
+    def write_again(self, path: Path, start: int, end: int) -> None:
+        """Write what *path* holds from *start* to *end* once more: the next sync brings it to stable storage.
 
         After a sync that failed the kernel takes what it could not write for
         clean, and the next sync succeeds without it; see fsync(2).
         """
-        descriptor = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
-            os.pwrite(descriptor, data, offset)
+            while start < end and (data := os.pread(descriptor, end - start, start)):
+                start += os.pwrite(descriptor, data, start)
         finally:
             os.close(descriptor)
 

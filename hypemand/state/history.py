@@ -7,7 +7,7 @@ from attrs import define, field
 
 from hypemand.core.model import InstanceId
 from hypemand.state.files import Disk
-from hypemand.state.runlog import segments, whole_length
+from hypemand.state.runlog import read_segments
 
 
 @define
@@ -25,18 +25,12 @@ def read_history(state_dir: Path, disk: Disk, instance: InstanceId | None = None
         OSError: A segment is there, but can't be read.
     """
     history = History()
-    for path in segments(state_dir):
-        try:
-            data, _ = disk.read(path)
-        except FileNotFoundError:
-            continue
-        if path.suffix == ".jsonl":
-            data = data[: whole_length(data)]
-        for number, line in enumerate(data.splitlines(), start=1):
+    for segment in read_segments(state_dir, disk):
+        for number, line in segment.lines():
             try:
                 told = orjson.loads(line)
                 if told["event"] == "finished" and instance in (None, told["instance_id"]):
                     history.lines.append(line)
             except (ValueError, KeyError, TypeError):
-                history.damaged.append(f"{path.name}:{number}: no line of a run log")
+                history.damaged.append(f"{segment.name}:{number}: no line of a run log")
     return history

@@ -8,13 +8,13 @@ carried over, so nothing of them is ever in an old segment alone.
 
 import errno
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import orjson
 import structlog
 import trio
-from attrs import define, field
+from attrs import define, field, frozen
 
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, RunFinished, RunStarted
@@ -64,6 +64,34 @@ def segments(state_dir: Path) -> list[Path]:
     return [*(base.with_name(f"runs.jsonl.{age}") for age in range(OLD_SEGMENTS, 0, -1)), base]
 
 
+@frozen
+class Segment:
+    """A segment as it was read, without the unfinished end that a crash left of a write, of *torn_bytes*."""
+
+    name: str
+    data: bytes
+    torn_bytes: int = 0
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Its lines, numbered from 1."""
+        return enumerate(self.data.splitlines(), start=1)
+
+
+def read_segments(state_dir: Path, disk: Disk) -> Iterator[Segment]:
+    """Each segment that there is, oldest first. Blocking.
+
+    Raises:
+        OSError: One is there, but can't be read.
+    """
+    for path in segments(state_dir):
+        try:
+            data, _ = disk.read(path)
+        except FileNotFoundError:
+            continue
+        whole = _whole_length(data) if path.suffix == ".jsonl" else len(data)
+        yield Segment(path.name, data[:whole], len(data) - whole)
+
+
 def read_log(state_dir: Path, disk: Disk) -> LogContent:
     """All segments of the run log; changes nothing. Blocking.
 
@@ -72,17 +100,10 @@ def read_log(state_dir: Path, disk: Disk) -> LogContent:
     """
     content = LogContent()
     started: set[str] = set()
-    for path in segments(state_dir):
-        try:
-            data, _ = disk.read(path)
-        except FileNotFoundError:
-            continue
-        if path.suffix == ".jsonl":
-            whole = whole_length(data)
-            content.torn_bytes = len(data) - whole
-            data = data[:whole]
-        for number, raw in enumerate(data.splitlines(), start=1):
-            _read_line(raw, f"{path.name}:{number}", content, started)
+    for segment in read_segments(state_dir, disk):
+        content.torn_bytes += segment.torn_bytes
+        for number, raw in segment.lines():
+            _read_line(raw, f"{segment.name}:{number}", content, started)
     return content
 
 
@@ -99,7 +120,7 @@ def _read_line(raw: bytes, where: str, content: LogContent, started: set[str]) -
     content.lines.append(line)
 
 
-def whole_length(data: bytes) -> int:
+def _whole_length(data: bytes) -> int:
     """Bytes of *data* up to the end of its last line that is JSON; what follows is what a crash left of a write."""
     end = data.rfind(b"\n") + 1
     while end:
@@ -172,15 +193,10 @@ class RunLog:
     def _make_sure(self, torn_bytes: int) -> None:
         """Have the sync that follows bring the end of the log to the disk, even if one before it failed to."""
         try:
-            data, _ = self._disk.read(self._path)
+            whole = self._path.stat().st_size - torn_bytes
+            self._disk.write_again(self._path, max(0, whole - UNSURE_BYTES), whole)
         except FileNotFoundError:
             return
-        whole = len(data) - torn_bytes
-        start = max(0, whole - UNSURE_BYTES)
-        if start == whole:
-            return
-        try:
-            self._disk.write_again(self._path, start, data[start:whole])
         except OSError as error:
             if error.errno not in _NO_SPACE:  # a filesystem that copies on write needs space for it
                 raise

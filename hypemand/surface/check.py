@@ -7,7 +7,7 @@ from typing import Any
 
 from attrs import frozen
 
-from hypemand.core.cadence import jitter
+from hypemand.core.cadence import stale_after
 from hypemand.core.duration import parse_duration
 from hypemand.core.fields import check_instant
 from hypemand.surface.render import ago, one_line
@@ -214,7 +214,7 @@ def _last_good_at(view: Told) -> datetime:
 def _why_stale(view: Told, now: datetime) -> str | None:
     schedule = view["schedule"]
     interval, since = parse_duration(schedule["interval"]), _last_good_at(view)
-    if now - since <= 2 * interval + jitter(view["instance_id"], interval):
+    if now - since <= stale_after(view["instance_id"], interval):
         return None
     every = f"one is due every {schedule['interval']}"
     if view["last_good_at"] is None:

@@ -78,10 +78,10 @@ class SimDisk(Disk):
             self.trouble.crash_point(self.life, "write", "torn")
         self._end("write")
 
-    def write_again(self, path: Path, offset: int, data: bytes) -> None:
+    def write_again(self, path: Path, start: int, end: int) -> None:
         self._begin("write_again")
-        super().write_again(path, offset, data)
-        self.platter.wrote_again(path, offset, data)
+        super().write_again(path, start, end)
+        self.platter.wrote_again(path, start, end)
         self._end("write_again")
 
     def sync(self, descriptor: int) -> None:

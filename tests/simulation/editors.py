@@ -15,6 +15,7 @@ from hypemand.core.model import InstanceId, Retention, Schedule
 from hypemand.engine.changes import SetSchedule
 from hypemand.engine.refusals import ConflictError, RequestRefusedError
 from hypemand.engine.requests import Requests
+from hypemand.state.codec import decode_schedule
 from tests.disks import Crash
 
 if TYPE_CHECKING:
@@ -145,12 +146,12 @@ class Editors:
             is_certain = present is not None and len(ledger.wished.get(instance, [])) == 1
             new_grid = not is_certain or present is None or present.interval != interval
             was_made = instance in self.made_over_api
-            expected = await self._expected(instance, wanted)
             before = [*ledger.wished.get(instance, [None])]
-            ledger.wish(expected, instance, acknowledged=False)
+            for expected in self._expected(instance, wanted):
+                ledger.wish(expected, instance, acknowledged=False)
             if new_grid:
                 ledger.new_grid(instance)
-            self.world.keeps(instance, expected.retention)
+            self.world.keeps(instance, wanted.kept(Retention()))
             self.made_over_api.discard(instance)
             try:
                 made = await requests.put(instance, wanted, "somebody")
@@ -170,11 +171,13 @@ class Editors:
             if new_grid:
                 ledger.new_grid(instance)
 
-    async def _expected(self, instance: InstanceId, wanted: SetSchedule) -> Schedule:
-        """What the schedule of *instance* is going to be, as far as a user sees it."""
+    def _expected(self, instance: InstanceId, wanted: SetSchedule) -> list[Schedule]:
+        """What the schedule of *instance* may become, as far as a user sees it.
+
+        One that is retired goes on, unless its file can't be read just then.
+        """
         store, now = self._requests.engine.store, self.world.clock.now()
-        before = store.schedules.get(instance) or await store.read_retired(instance)
-        made = before or Schedule(
+        anew = Schedule(
             instance_id=instance,
             interval=wanted.interval,
             retention=Retention(),
@@ -182,13 +185,21 @@ class Editors:
             updated_at=now,
             next_run_at=now,
         )
-        return evolve(
-            made,
-            interval=wanted.interval,
-            retention=wanted.kept(made.retention),
-            metadata=wanted.metadata,
-            settings=evolve(made.settings, first_run=None, enabled=True),
-        )
+        present = store.schedules.get(instance)
+        retired = store.retired_directory / f"{instance}.json"
+        before = [present] if present else [anew]
+        if present is None and retired.exists():
+            before.append(decode_schedule(retired.read_bytes(), instance))
+        return [
+            evolve(
+                made,
+                interval=wanted.interval,
+                retention=wanted.kept(made.retention),
+                metadata=wanted.metadata,
+                settings=evolve(made.settings, first_run=None, enabled=True),
+            )
+            for made in before
+        ]
 
     def came_back(self, instance: str) -> None:
         """Somebody's instance is there again; a schedule made over the API may have ended with it."""

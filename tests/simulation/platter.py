@@ -50,10 +50,10 @@ class Platter:
             self._cut(file, start)
         file.data += data
 
-    def wrote_again(self, path: Path, offset: int, data: bytes) -> None:
-        """What the file holds from *offset* on was written once more, and is the kernel's to write back again."""
+    def wrote_again(self, path: Path, start: int, end: int) -> None:
+        """What the file holds from *start* to *end* was written once more, and is the kernel's to write back again."""
         file = self.files.get(path.stat().st_ino)
-        if file is not None and file.poisoned is not None and offset <= file.poisoned <= offset + len(data):
+        if file is not None and file.poisoned is not None and start <= file.poisoned <= end:
             file.poisoned = None
 
     @staticmethod

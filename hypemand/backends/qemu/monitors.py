@@ -66,7 +66,10 @@ class Monitors:
         with trio.move_on_after(patience_s):
             await line.turn.acquire()
             return
-        raise BackendUnavailable(f"the monitor of {instance} is in use by hypemand itself, for a capture or a deletion")
+        raise BackendUnavailable(
+            f"the monitor of {instance} was in use by hypemand itself for {patience_s:g} s:"
+            " for a capture or a deletion, or QEMU does not answer"
+        )
 
     def holds(self, instance: InstanceId) -> bool:
         """Whether a connection to *instance* is held."""

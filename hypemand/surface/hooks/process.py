@@ -11,6 +11,7 @@ from pathlib import Path
 import trio
 from attrs import define, field, frozen
 
+from hypemand.engine.children import watched
 from hypemand.surface.hooks import start as hook_start
 
 OUTPUT_BYTES = 16 * 1024
@@ -143,12 +144,7 @@ def start(command: Sequence[bytes], environment: Mapping[bytes, bytes]) -> HookP
         for stack, descriptor in ((theirs, their_in), (ours, our_in), (ours, our_out), (theirs, their_out)):
             stack.callback(os.close, descriptor)
         pid = _spawn(command, environment, their_in, their_out)
-        try:
-            pidfd = os.pidfd_open(pid)
-        except OSError:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise
+        pidfd = watched(pid)
         ours.pop_all()
     return HookProcess(pid, pidfd, trio.lowlevel.FdStream(our_in), trio.lowlevel.FdStream(our_out))
 

@@ -4,7 +4,7 @@ from datetime import datetime
 
 from attrs import frozen
 
-from hypemand.core.cadence import jitter
+from hypemand.core.cadence import stale_after
 from hypemand.core.model import Outcome, RunFinished, Schedule, Snapshot
 from hypemand.engine.engine import Engine
 from hypemand.surface.metrics.kept import KeptSnapshots
@@ -31,9 +31,8 @@ class Sight:
 
     @property
     def stale_after_s(self) -> float:
-        """How old the last good snapshot may become: two intervals, and the jitter of the first run."""
-        schedule = self.schedule
-        return (2 * schedule.interval + jitter(schedule.instance_id, schedule.interval)).total_seconds()
+        """How old the last good snapshot may become."""
+        return stale_after(self.schedule.instance_id, self.schedule.interval).total_seconds()
 
     @property
     def last_failed(self) -> bool | None:
