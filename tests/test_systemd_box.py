@@ -4,7 +4,8 @@ import http.client
 import json
 import socket
 import time
-from contextlib import closing
+from contextlib import closing, suppress
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +23,16 @@ SOON = "[Service]\nRestartSec=100ms\n"
 def said(service: Service) -> list[str]:
     """The messages in its journal, systemd's included."""
     return [str(entry["MESSAGE"]) for entry in service.box.journal("hypemand")]
+
+
+def guards(service: Service) -> list[Path]:
+    """Where the processes are that are guards."""
+    found = []
+    for process in service.box.path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if b"/guard.py\0" in (process / "cmdline").read_bytes():
+                found.append(process)
+    return found
 
 
 def status(service: Service) -> str:
@@ -154,6 +165,22 @@ def test_a_sigabrt_for_the_whole_unit_leaves_the_guard_to_thaw(service: Service)
     service.box.run("systemctl", "kill", "-s", "ABRT", "hypemand")
     assert_settled_before_the_restart(service)
     assert len(service.logged("the guard settles open runs")) == 1
+
+
+def test_a_guest_whose_hypervisor_hangs_is_thawed_even_after_the_service_was_stopped(service: Service) -> None:
+    service.configure(backend=SLOW, runs='shutdown_grace = "1s"')
+    service.start()
+    service.in_mid_capture()
+    lab = service.box.path(f"{STATE}/lab")
+    lab.rename(lab.with_name("gone"))
+    service.box.run("systemctl", "stop", "hypemand")
+    assert guards(service) != []
+    assert service.box.show("hypemand", "ActiveState") in ("inactive", "failed")
+    lab.with_name("gone").rename(lab)
+    service.box.wait_until(lambda: service.guest_state() == "Running", "web-1 runs again")
+    service.recorded(1)
+    assert [run["outcome"] for run in service.history()] == ["interrupted"]
+    service.box.wait_until(lambda: not guards(service), "the guard has ended")
 
 
 # Troubles.

@@ -23,7 +23,7 @@ for d in null zero full random urandom tty; do touch dev/$d; mount --bind /dev/$
 mount -t devpts -o newinstance,ptmxmode=0666,mode=620,gid=5 p dev/pts; ln -s pts/ptmx dev/ptmx
 ln -s /proc/self/fd dev/fd; for i in 0:stdin 1:stdout 2:stderr; do ln -s fd/${i%:*} dev/${i#*:}; done
 mount -t tmpfs t etc/systemd/system
-for d in base more; do [ ! -d "$W/$d" ] || cp -a "$W/$d/." .; done
+for d in base more; do [ ! -d "$W/$d" ] || cp -a "$W/$d"/* .; done
 : >etc/machine-id; rm -rf var/log/journal; hostname box
 mkdir -p .old; mount --make-rprivate /; pivot_root . .old; cd /; umount -l .old; mount --make-rshared /
 exec env -i container=box PATH=/usr/sbin:/usr/bin:/sbin:/bin /lib/systemd/systemd --unit=multi-user.target
@@ -39,7 +39,7 @@ X
   done
   echo "$P $LP" >"$W/pids"
   for _ in $(seq 300); do
-    s=$("$0" in "$W" systemctl is-system-running --wait 2>/dev/null)
+    s=$("$0" in "$W" timeout 30 systemctl is-system-running --wait 2>/dev/null)
     case $s in running|degraded) echo "up: $s"; exit 0 ;; esac
     sleep .02
   done
