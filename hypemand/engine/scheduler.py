@@ -4,6 +4,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import structlog
 import trio
@@ -23,8 +24,7 @@ LONGEST_SLEEP_S = 5.0
 _log = structlog.get_logger()
 
 
-@frozen(order=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A slot to be started at *start_at*; not the newest of its instance: dropped when it comes up."""
 
     start_at: datetime
@@ -99,6 +99,7 @@ class Scheduler:
         self._wake = trio.Event()
         self._stopping = False
         self._runs: trio.Nursery | None = None
+        self._turned = trio.Event()
         self.serving = trio.Event()
 
     @property
@@ -119,10 +120,36 @@ class Scheduler:
             try:
                 while not self._stopping:
                     self._watch.check(self._on_jump)
-                    await self._sleep(self._start_due(self._runs))
+                    wait_s = self._start_due(self._runs)
+                    self._end_turn()
+                    await self._sleep(wait_s)
             except BaseException:
                 self._on_crash()  # guests that can't be resumed must not keep a dead engine alive
                 raise
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        self._turned.set()
+        self._turned = trio.Event()
+
+    async def next_turn(self) -> None:
+        """Return once the dispatcher has looked through what is due, which it does each `LONGEST_SLEEP_S` at least.
+
+        When it looks no more, for it was stopped, that is never.
+        """
+        await self._turned.wait()
+
+    async def take_turn(self) -> None:
+        """Have the dispatcher look now, and return once it has. Once it was stopped there is nothing to wait for."""
+        turned = self._turned
+        self._wake.set()
+        if not self._stopping:
+            await turned.wait()
+
+    @property
+    def next_start(self) -> tuple[InstanceId, datetime] | None:
+        """Whose run is the next to begin, and when; good right after a turn."""
+        return (self._heap[0].instance, self._heap[0].start_at) if self._heap else None
 
     def stop(self, grace_s: float) -> None:
         """Start nothing more. Runs that have begun get *grace_s* to finish, those that wait end now.
