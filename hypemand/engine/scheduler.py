@@ -148,8 +148,9 @@ class Scheduler:
 
     @property
     def next_start(self) -> tuple[InstanceId, datetime] | None:
-        """Whose run is the next to begin, and when; good right after a turn."""
-        return (self._heap[0].instance, self._heap[0].start_at) if self._heap else None
+        """Whose run is the next to begin, and when."""
+        entry = self._first()
+        return None if entry is None else (entry.instance, entry.start_at)
 
     def stop(self, grace_s: float) -> None:
         """Start nothing more. Runs that have begun get *grace_s* to finish, those that wait end now.
@@ -232,13 +233,18 @@ class Scheduler:
         if spread:
             _log.info("runs missed while hypemand was down are spread out", runs=len(overdue))
 
-    def _start_due(self, runs: trio.Nursery) -> float:
-        """Start what is due now; seconds until the next, at most `LONGEST_SLEEP_S`."""
+    def _first(self) -> _Entry | None:
+        """The entry that comes up next; those before it that are not the newest of their instances are dropped."""
         while self._heap:
             entry = self._heap[0]
-            if self._newest.get(entry.instance) != entry.number:
-                heapq.heappop(self._heap)
-                continue
+            if self._newest.get(entry.instance) == entry.number:
+                return entry
+            heapq.heappop(self._heap)
+        return None
+
+    def _start_due(self, runs: trio.Nursery) -> float:
+        """Start what is due now; seconds until the next, at most `LONGEST_SLEEP_S`."""
+        while (entry := self._first()) is not None:
             wait_s = (entry.start_at - self._clock.now()).total_seconds()
             if wait_s > 0:
                 return min(wait_s, LONGEST_SLEEP_S)
