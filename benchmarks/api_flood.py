@@ -47,7 +47,7 @@ async def flood(directory: Path, schedules: int, *, puts: int) -> Flood:
     """Have so many *schedules* come due at one moment, and *puts* new ones put from just before it on."""
     due = [f"due-{number}" for number in range(schedules)]
     new = [f"new-{number}" for number in range(puts)]
-    lab, target = write_config(directory, (*due, *new), runs=f"concurrency = {schedules}")
+    lab, target = write_config(directory, (*due, *new), at_once=schedules)
     await _make_instances(lab, target, len(due) + len(new))
     moment = datetime.now(UTC) + timedelta(seconds=_START_S + schedules / 200)
     for instance in due:

@@ -22,14 +22,15 @@ def free_port() -> int:
     return port
 
 
-def write_config(directory: Path, instances: tuple[str, ...], runs: str = "") -> tuple[Lab, Target]:
-    """A config on the embedded backend that listens on a port, and how to reach it."""
+def write_config(directory: Path, instances: tuple[str, ...], at_once: int = 4) -> tuple[Lab, Target]:
+    """A config on the embedded backend that listens on a port, and how to reach it. *at_once*: runs, at most."""
     directory.mkdir(parents=True, exist_ok=True)
     target = Target(free_port(), secrets.token_hex(16))
     tokens = directory / "tokens"
     tokens.write_text(f"bench:{target.token}\n")
     tokens.chmod(0o600)
-    lab = Lab(directory).write("", instances=instances, runs=runs)
+    concurrency = f"concurrency = {at_once}"  # the backend's own would be half of the overall one
+    lab = Lab(directory).write("", instances=instances, runs=concurrency, backend=concurrency)
     api = f'[api]\nlisten = "127.0.0.1:{target.port}"\ntokens_file = "tokens"\n'
     lab.replace(lab.config.read_text() + api)
     return lab, target

@@ -1,7 +1,9 @@
 """The daemon's process: state lock, signals, the config file, the engine in between, and the API in front of it."""
 
+import gc
+import os
 import signal
-from collections.abc import AsyncIterable
+from collections.abc import AsyncIterable, Iterator
 from pathlib import Path
 
 import structlog
@@ -27,13 +29,18 @@ from hypemand.surface.api.control import Control, control_routes
 from hypemand.surface.api.openapi import openapi_route
 from hypemand.surface.hooks.hooks import Hooks
 from hypemand.surface.http.access import Access, CurrentAccess
+from hypemand.surface.http.inherited import Inherited, take_inherited
 from hypemand.surface.http.serving import Serving
 from hypemand.surface.http.sockets import socket_path
 from hypemand.surface.lasting import keep_up
 from hypemand.surface.log import set_up_log
 from hypemand.surface.metrics.page import Metrics
+from hypemand.surface.status_line import StatusLine
+from hypemand.surface.systemd import Service, take_notifier
 
 CONFIG_PATIENCE_S = 30.0
+DOORS_S = 10.0
+"""How long a start waits for the API's doors: a port that is taken must not keep schedules from being called ready."""
 LAST_ANSWERS_S = 2.0
 """How long clients are waited for, at the end, that have an answer to come."""
 _log = structlog.get_logger()
@@ -50,6 +57,8 @@ class Daemon:
     Attributes:
         version: The config file's, of which *config* is the content.
         access: Of clients that come over TCP.
+        service: How it is seen by its service manager.
+        inherited: Sockets that that one has opened for the API.
         life: Cancelled when it is told to stop while it still starts.
     """
 
@@ -57,12 +66,15 @@ class Daemon:
     version: Signature | None
     config: Config
     access: CurrentAccess
+    service: Service = field(factory=Service)
+    inherited: Inherited = field(factory=Inherited)
     engine: Engine | None = field(init=False, default=None)
     api: Serving | None = field(init=False, default=None)
     guarding: Guarding | None = field(init=False, default=None)
     metrics: Metrics | None = field(init=False, default=None)
     life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
     _reloading: trio.Lock = field(init=False, factory=trio.Lock)
+    _edit_refused: bool = field(init=False, default=False)
 
     async def run(self) -> None:
         """Serve until SIGTERM or SIGINT; what is under way gets its grace, a second signal cuts it short."""
@@ -70,6 +82,7 @@ class Daemon:
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._obey_signals, signals, nursery)
+                nursery.start_soon(self.service.starting)
                 with self.life:
                     await self._hold_state(nursery)
                 nursery.cancel_scope.cancel()
@@ -92,6 +105,7 @@ class Daemon:
                 control = Control(self.engine, self.metrics.kept.of, troubles=self._troubles)
                 self.api = self._front(self.engine, control)
                 background.start_soon(self._serve_api, self.engine, self.api)
+                background.start_soon(self._tell_service, self.engine, self.api)
                 with self.engine.events.heard_by(control.hear):
                     await self.engine.serve()
                 self.api.stop()
@@ -118,6 +132,7 @@ class Daemon:
         for schedule in sorted(enabled, key=lambda s: s.next_run_at)[:10]:
             at = "now" if schedule.next_run_at <= now else format_instant(schedule.next_run_at)
             _log.info("next run", instance_id=schedule.instance_id, at=at)
+        gc.freeze()  # what is loaded now stays: looking through it again and again would hold up runs
         return engine
 
     def _front(self, engine: Engine, control: Control) -> Serving:
@@ -129,6 +144,7 @@ class Daemon:
             listen=self.config.api.listen,
             tcp_app=make_app(routes, self.access.client_of),
             tls=self.access.tls,
+            inherited=self.inherited,
         )
 
     def _troubles(self) -> list[str]:
@@ -139,6 +155,23 @@ class Daemon:
     async def _serve_api(self, engine: Engine, api: Serving) -> None:
         await engine.scheduler.serving.wait()
         await keep_up("API", api.serve)
+
+    async def _tell_service(self, engine: Engine, api: Serving) -> None:
+        await engine.scheduler.serving.wait()
+        with trio.move_on_after(DOORS_S):
+            await api.listening.wait()
+        await self.service.ready()
+        line = StatusLine(engine, self._in_few_words)
+        with engine.events.heard_by(line.hear):
+            await keep_up("service", lambda: self.service.running(engine.scheduler, line.text))
+
+    def _in_few_words(self) -> Iterator[str]:
+        """What keeps it from working as it was told to; for the service manager, whose log has the rest."""
+        if self._edit_refused:
+            yield "the config file is invalid or unreadable, what it said before is in force"
+        troubles = len(self._troubles())
+        if troubles:
+            yield f"API: {troubles} problem{'s' * (troubles > 1)}"
 
     async def _tell_of(self, engine: Engine, metrics: Metrics) -> None:
         """From the first on: what was left open is settled before anything is served."""
@@ -167,6 +200,8 @@ class Daemon:
                 self.engine.stop(grace_s)
             if self.api is not None:
                 self.api.stop()
+            if not stopping:
+                nursery.start_soon(self.service.stopping, grace_s)
             stopping = True
 
     async def _watch(self) -> None:
@@ -174,12 +209,14 @@ class Daemon:
 
     async def _reload_all(self) -> None:
         if self.engine is not None:
-            await self.engine.reread()
-            await self._reload_edit()
+            async with self.service.reloading():
+                await self.engine.reread()
+                await self._reload_edit()
 
     async def _reload_edit(self) -> None:
         async with self._reloading:
             config = await self._read_config()
+            self._edit_refused = config is None
             if config is not None:
                 await self._apply(config)
             with trio.move_on_after(CONFIG_PATIENCE_S) as reading:
@@ -241,4 +278,5 @@ async def run_daemon(config_path: Path, version: Signature | None, config: Confi
         NewerFormatError: The state is that of a later version.
         StateUnusableError: There is no state directory to be had.
     """
-    await Daemon(config_path, version, config, CurrentAccess(access)).run()
+    service, inherited = Service(take_notifier(os.environ)), take_inherited(os.environ)
+    await Daemon(config_path, version, config, CurrentAccess(access), service, inherited).run()

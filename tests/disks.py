@@ -27,6 +27,9 @@ class InlineDisk(Disk):
         await trio.lowlevel.checkpoint()
         return work(*args)
 
+    async def call_ahead(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await self.call(work, *args)
+
 
 class UnsyncedDisk(InlineDisk):
     """Inline, and without the syncs, for tests with many files."""

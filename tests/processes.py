@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -147,23 +148,29 @@ class DaemonProcess:
 
 @asynccontextmanager
 async def running_daemon(
-    config: Path, *, stderr: int | None = None, env: Mapping[str, str] | None = None
+    config: Path,
+    *,
+    stderr: int | None = None,
+    env: Mapping[str, str] | None = None,
+    listening: socket.socket | None = None,
 ) -> AsyncIterator[DaemonProcess]:
     """``hypemand run`` on *config*, until the end of the block; killed then, if it still runs.
 
     Args:
         stderr: A descriptor for its log instead of a file.
+        listening: A socket that is handed over to it, as a service manager does.
     """
     number = len(list(config.parent.glob("daemon-*.log")))
     log = config.parent / f"daemon-{number}.log"
     with log.open("wb") as file:
         process = await trio.lowlevel.open_process(
-            command("run", "--config", config),
+            [*([] if listening is None else handing_over(listening)), *command("run", "--config", config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=file if stderr is None else stderr,
             cwd=ROOT,
             env=environment(**(env or {})),
+            pass_fds=() if listening is None else (listening.fileno(),),
         )
     daemon = DaemonProcess(process, log)
     try:
@@ -173,6 +180,16 @@ async def running_daemon(
         with trio.CancelScope(shield=True):
             await no_guard_of(daemon.pid)
     daemon.lines()
+
+
+def handing_over(listening: socket.socket) -> list[str]:
+    """What to put before a command, so that it finds *listening* as sd_listen_fds(3) says."""
+    program = (
+        "import os, sys; os.dup2(int(sys.argv[1]), 3);"
+        "os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS='1', LISTEN_FDNAMES='hypemand.socket');"
+        "os.execv(sys.argv[2], sys.argv[2:])"
+    )
+    return [sys.executable, "-c", program, str(listening.fileno())]
 
 
 def guards_of(pid: int) -> list[int]:

@@ -13,7 +13,7 @@ from hypemand.backends.base import BackendUnavailable, CaptureFailed, InvalidSta
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted
 from hypemand.engine.space import Filesystem
 from hypemand.state.files import Disk
-from hypemand.state.runlog import read_log
+from hypemand.state.segments import read_log
 from tests.fakes import FakeBackend, FakeClock
 from tests.world import World, entry, world
 

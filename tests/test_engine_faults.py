@@ -12,7 +12,7 @@ from attrs import evolve
 from hypemand.backends.base import BackendUnavailable, InstanceNotFound, InvalidState
 from hypemand.core.model import InstanceId, InstanceState
 from hypemand.state.files import Disk
-from hypemand.state.runlog import read_log
+from hypemand.state.segments import read_log
 from tests.disks import InlineDisk, UnsyncedDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.virtual_time import VirtualClock

@@ -239,6 +239,18 @@ async def test_a_call_that_has_begun_is_not_cancelled(tmp_path: Path) -> None:
     assert (tmp_path / "done").exists()
 
 
+async def test_a_call_ahead_does_not_wait_for_what_waits_in_the_queue() -> None:
+    disk, go_on = Disk(), threading.Event()
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            for _ in range(20):
+                nursery.start_soon(disk.call, go_on.wait, 30)
+            await trio.sleep(0.05)
+            assert await disk.call_ahead(str, 7) == "7"
+            assert not go_on.is_set()
+            go_on.set()
+
+
 async def test_an_error_of_the_work_reaches_the_caller(tmp_path: Path) -> None:
     disk = Disk()
     with pytest.raises(FileNotFoundError):

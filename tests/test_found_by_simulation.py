@@ -14,7 +14,8 @@ from hypemand.backends.base import BackendUnavailable, InstanceNotFound
 from hypemand.core.doubt import Reading
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.engine.clock import ClockWatch
-from hypemand.state.runlog import OLD_SEGMENTS, RunLog, read_log
+from hypemand.state.runlog import RunLog
+from hypemand.state.segments import OLD_SEGMENTS, read_log
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.test_runlog import finished, started

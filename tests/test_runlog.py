@@ -15,7 +15,8 @@ from hypemand.core.model import Freezer, InstanceId, InstanceState, Outcome, Run
 from hypemand.core.model import SnapshotKind as Kind
 from hypemand.state.codec import Line, encode_line
 from hypemand.state.files import Disk
-from hypemand.state.runlog import OLD_SEGMENTS, RunLog, read_log, segments
+from hypemand.state.runlog import RunLog
+from hypemand.state.segments import OLD_SEGMENTS, read_log, segments
 from tests.disks import Crash, FaultyDisk, InlineDisk, UnsyncedDisk
 from tests.strategies import NOW, WEB
 
@@ -128,6 +129,54 @@ async def test_many_appends_at_once_share_their_syncs_and_keep_their_order(tmp_p
     assert stored(tmp_path) == asked
     assert len(asked) == 100
     assert 1 <= disk.calls["sync"] <= 5
+    log.close()
+
+
+async def test_appends_that_wait_are_let_go_together_however_many(tmp_path: Path) -> None:
+    log = await opened(tmp_path)
+    turns = 0
+    async with trio.open_nursery() as watching:
+
+        async def count() -> None:
+            nonlocal turns
+            while True:
+                await trio.lowlevel.checkpoint()
+                turns += 1
+
+        async with trio.open_nursery() as appending:
+            for number in range(200):
+                appending.start_soon(log.append, started(number))
+            watching.start_soon(count)
+        watching.cancel_scope.cancel()
+    assert len(log.open_runs) == 200
+    assert 0 < turns < 20
+    log.close()
+
+
+async def test_a_bug_in_a_write_fails_every_append_of_its_batch_and_no_later_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = await opened(tmp_path)
+    told: list[str] = []
+
+    async def append(number: int) -> None:
+        try:
+            await log.append(started(number))
+        except (OSError, RuntimeError) as error:
+            told.append(type(error).__name__)
+
+    def buggy(data: bytes) -> None:
+        raise RuntimeError(data)
+
+    monkeypatch.setattr(log, "_write", buggy)
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            for number in range(3):
+                nursery.start_soon(append, number)
+    monkeypatch.undo()
+    await log.append(started(7))
+    assert sorted(told) == ["OSError", "OSError", "RuntimeError"]
+    assert stored(tmp_path) == [started(7)]
     log.close()
 
 

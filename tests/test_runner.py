@@ -11,7 +11,7 @@ from hypemand.backends.base import BackendUnavailable, CaptureFailed, InstanceNo
 from hypemand.core.model import Freezer, InstanceId, InstanceState, SnapshotKind
 from hypemand.state.codec import decode_schedule, encode_line
 from hypemand.state.files import Disk
-from hypemand.state.runlog import read_log
+from hypemand.state.segments import read_log
 from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.virtual_time import VirtualClock

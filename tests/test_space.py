@@ -9,6 +9,7 @@ from trio.testing import MockClock
 from hypemand.backends.base import BackendUnavailable, Room
 from hypemand.engine.space import Filesystem, NoRoomError, Space, measure
 from tests.fakes import FakeRoom
+from tests.virtual_time import VirtualClock
 
 ONE, TWO, OTHER = Path("/one/a"), Path("/one/b"), Path("/other")
 
@@ -107,3 +108,60 @@ async def test_directories_of_one_filesystem_are_measured_as_one(tmp_path: Path)
     assert whole.free_bytes > 0
     with pytest.raises(FileNotFoundError):
         await measure(tmp_path / "b")
+
+
+async def test_those_who_ask_while_it_is_looked_share_the_next_look(
+    space: Space, disks: FakeRoom, monkeypatch: pytest.MonkeyPatch, virtual_clock: VirtualClock
+) -> None:
+    looks: list[float] = []
+    reserved: list[float] = []
+
+    async def slow(path: Path) -> Filesystem:
+        looks.append(trio.current_time())
+        await trio.sleep(1)
+        return await disks.measure(path)
+
+    async def reserve(after_s: float) -> None:
+        await trio.sleep(after_s)
+        async with space.reserve((Room(ONE, 1),), 0):
+            reserved.append(trio.current_time())
+
+    space = Space(slow)
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(reserve, number / 20)
+    assert looks == [0, 1]
+    assert reserved == [1, *[2] * 19]
+
+
+async def test_a_look_that_fails_or_is_given_up_is_nobody_elses(disks: FakeRoom, virtual_clock: VirtualClock) -> None:
+    tries = 0
+
+    async def faulty(path: Path) -> Filesystem:
+        nonlocal tries
+        tries += 1
+        await trio.sleep(1)
+        if tries == 2:
+            raise OSError("gone")
+        return await disks.measure(path)
+
+    space = Space(faulty)
+    failed: list[str] = []
+
+    async def reserve() -> None:
+        try:
+            async with space.reserve((Room(ONE, 1),), 0):
+                pass
+        except OSError as error:
+            failed.append(str(error))
+
+    async with trio.open_nursery() as nursery:
+        with trio.move_on_after(0.5):
+            nursery.start_soon(reserve)
+            await trio.lowlevel.checkpoint()
+            nursery.start_soon(reserve)
+            async with space.reserve((Room(ONE, 1),), 0):
+                pytest.fail("it was given up before")
+    assert failed == ["gone"]
+    assert tries == 3
+    assert promised(space) == {}

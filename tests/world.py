@@ -18,7 +18,7 @@ from hypemand.engine.fleet import Fleet
 from hypemand.engine.limits import Patience
 from hypemand.engine.outside import Outside, Tempo
 from hypemand.state.files import Disk
-from hypemand.state.runlog import read_log
+from hypemand.state.segments import read_log
 from tests.disks import UnsyncedDisk
 from tests.fakes import FakeBackend, FakeClock, FakeLeases, FakeRoom
 

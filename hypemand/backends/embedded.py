@@ -9,7 +9,7 @@ import contextlib
 import shlex
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -30,6 +30,7 @@ from hypemand.backends.base import (
     Settled,
     Status,
     Surroundings,
+    Unsupported,
 )
 from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.copying import copy_file
@@ -46,6 +47,7 @@ from hypemand.backends.embedded_guests import (
     size_of,
     write_state,
 )
+from hypemand.backends.questions import Questions
 from hypemand.backends.registry import connection_of
 from hypemand.core.errors import RuleBroken
 from hypemand.core.model import (
@@ -94,6 +96,7 @@ class EmbeddedBackend:
     name: str
     settings: Settings
     _limiter: trio.CapacityLimiter = field(init=False, factory=lambda: trio.CapacityLimiter(40))
+    _questions: Questions = field(init=False, factory=Questions)
     _locks: defaultdict[InstanceId, threading.Lock] = field(init=False, factory=lambda: defaultdict(threading.Lock))
 
     @property
@@ -124,12 +127,12 @@ class EmbeddedBackend:
 
     async def state(self, instance: InstanceId) -> Status:
         """What ``instance.json`` says at the moment."""
-        guest = await self._in_thread(self._read, _checked(instance))
+        guest = await self._told(self._read, _checked(instance))
         return Status(guest.state, f"paused by {guest.paused_by}" if guest.paused_by else "")
 
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
         """Look at the files that would be copied, and at the catalog."""
-        return await self._in_thread(self._prepare, _checked(instance), kind)
+        return await self._told(self._prepare, _checked(instance), kind)
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """There is nothing to make ready."""
@@ -198,7 +201,7 @@ class EmbeddedBackend:
 
     async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
         """What the catalog holds, also of an instance that is gone."""
-        manifests = await self._in_thread(self._catalog.manifests, _checked(instance))
+        manifests = await self._told(self._catalog.manifests, _checked(instance))
         return tuple(manifest.snapshot() for manifest in manifests)
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
@@ -224,10 +227,21 @@ class EmbeddedBackend:
         """There is nothing to let go of."""
         await trio.lowlevel.checkpoint()
 
+    # Threads of its own: a hung filesystem below this root stops no other backend.
+
     async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        # Threads of its own: a hung filesystem below this root stops no other backend.
-        try:
+        with self._as_unavailable():
             return await trio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
+
+    async def _told(self, work: Callable[..., T], *args: Any) -> T:
+        """As `_in_thread`, for what only reads little."""
+        with self._as_unavailable():
+            return await self._questions.ask(work, *args)
+
+    @contextlib.contextmanager
+    def _as_unavailable(self) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise BackendUnavailable(f"{error.filename or self.settings.root}: {error.strerror}") from error
 
@@ -296,8 +310,11 @@ class EmbeddedBackend:
         raise InstanceNotFound(f"{self._instances} has no instance {instance}")
 
     def _prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
-        self._read(instance)
-        sizes = [size_of(self._home(instance) / name) for name in _FILES[kind]]
+        try:
+            sizes = [size_of(self._home(instance) / name) for name in _FILES[kind]]
+        except Unsupported:
+            self._read(instance)  # there may be no such instance at all
+            raise
         names = {manifest.name for manifest in self._catalog.manifests(instance)}
         return Preparation((Room(self._catalog.root, sum(sizes) + MARGIN),), frozenset(names))
 

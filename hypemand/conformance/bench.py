@@ -19,7 +19,7 @@ from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import Fleet
 from hypemand.engine.outside import Tempo, this_machine
 from hypemand.state.files import Disk
-from hypemand.state.runlog import LogContent, read_log
+from hypemand.state.segments import LogContent, read_log
 
 INTERVAL = timedelta(minutes=3)
 """Too short for a failure that passes to be tried again within the run."""

@@ -1,6 +1,7 @@
 """One attempt of a run at its snapshot: inspect, prepare, claim, freeze, capture, thaw, complete, publish."""
 
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import TypeVar
 
@@ -67,22 +68,32 @@ class Attempt:
         """
         means = self.means
         # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
-        await self._inspect()
-        async with means.slots.take(self.backend.name) as slot:
-            # ... and again after the wait, for much may have changed meanwhile.
-            found = await self._inspect()
-            ready = await self._ask("prepare", lambda: self.backend.prepare(self.instance, found.steps.kind))
-            self._warn(ready.warnings, anew=True)
-            if found.steps.frozen_by(ready.freezes).pauses:
-                await means.leases.check()
-            self._check_budget(found, ready)
-            async with means.space.reserve(ready.rooms, means.limits().min_free):
-                started = await self._claim(found, ready)
-                budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
-                captured = await self._capture(started, budget, slot)
+        with means.rush.begins():
+            await self._inspect()
+        async with means.slots.take(self.backend.name) as slot, AsyncExitStack() as room:
+            with means.rush.begins():
+                started = await self._begin(room)
+            await means.rush.wait()
+            budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
+            captured = await self._capture(started, budget, slot)
+            await room.aclose()
             captured = await self._complete(captured, budget.capture_timeout_s)
             self._warn_of_freeze(started, budget)
         await self._publish(captured.snapshot)
+
+    async def _begin(self, room: AsyncExitStack) -> RunStarted:
+        """Look, prepare and claim; *room* gets the promise of it."""
+        means = self.means
+        found = await self._inspect()  # again: after the wait for the slot much may have changed
+        means.rush.step()
+        ready = await self._ask("prepare", lambda: self.backend.prepare(self.instance, found.steps.kind))
+        means.rush.step()
+        self._warn(ready.warnings, anew=True)
+        if found.steps.frozen_by(ready.freezes).pauses:
+            await means.leases.check()
+        self._check_budget(found, ready)
+        await room.enter_async_context(means.space.reserve(ready.rooms, means.limits().min_free))
+        return await self._claim(found, ready)
 
     async def _inspect(self) -> _Found:
         schedule = self.means.store.schedules.get(self.instance)
@@ -156,12 +167,6 @@ class Attempt:
             connection=self.backend.connection,
             boot_s=round(means.clock.boot_s(), 6),
         )
-        _log.info(
-            "capture begins",
-            instance_id=started.instance_id,
-            run_id=started.run_id,
-            snapshot_name=started.snapshot_name,
-        )
         await means.runlog.append(started)
         progress.started = started
         progress.tell(Step.BEGUN, snapshot_name=started.snapshot_name, kind=str(started.kind))
@@ -171,6 +176,12 @@ class Attempt:
         return started
 
     async def _capture(self, started: RunStarted, budget: Budget, slot: Slot) -> Captured:
+        _log.info(
+            "capture begins",
+            instance_id=started.instance_id,
+            run_id=started.run_id,
+            snapshot_name=started.snapshot_name,
+        )
         request = CaptureRequest(
             run_id=started.run_id,
             name=started.snapshot_name,

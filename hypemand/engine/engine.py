@@ -19,11 +19,13 @@ from hypemand.engine.reconcile import Discovery, Reconciler, discover
 from hypemand.engine.recorder import Recorder
 from hypemand.engine.recovery import Recovery
 from hypemand.engine.runner import Runner
+from hypemand.engine.rush import Rush
 from hypemand.engine.scheduler import Scheduler
 from hypemand.engine.slots import Slots
 from hypemand.engine.space import Space
 from hypemand.state.replay import remembered
-from hypemand.state.runlog import LogContent, RunLog, read_log
+from hypemand.state.runlog import RunLog
+from hypemand.state.segments import LogContent, read_log
 from hypemand.state.store import Store
 
 LAST_THAW_S = 5.0
@@ -58,6 +60,7 @@ class Engine:
         self.store = Store(config.state_dir, outside.disk, clock.now)
         self.runlog = RunLog(config.state_dir, outside.disk)
         self.slots = Slots(config.runs.concurrency)
+        self.rush = Rush()
         self.events = Events()
         self.recorder = Recorder(clock, self.store, self.runlog, self.give_up, self.events)
         self.recovery = Recovery(
@@ -105,6 +108,7 @@ class Engine:
             runlog=self.runlog,
             fleet=self.fleet,
             slots=self.slots,
+            rush=self.rush,
             space=Space(outside.measure),
             pruner=self._pruner,
             recorder=self.recorder,

@@ -16,6 +16,7 @@ from hypemand.engine.limits import Patience
 from hypemand.engine.pruning import Pruner
 from hypemand.engine.recorder import Recorder
 from hypemand.engine.recovery import LeftOpen
+from hypemand.engine.rush import Rush
 from hypemand.engine.slots import Slots
 from hypemand.engine.space import Space
 from hypemand.state.runlog import RunLog
@@ -38,6 +39,7 @@ class Means:
     runlog: RunLog
     fleet: Fleet
     slots: Slots
+    rush: Rush
     space: Space
     pruner: Pruner
     recorder: Recorder

@@ -19,8 +19,8 @@ from hypemand.state.codec import NewerFormatError
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockHeldError, LockOwner, take_lock
 from hypemand.state.replay import under_way
-from hypemand.state.runlog import LogContent, read_log
 from hypemand.state.scan import scan_schedules
+from hypemand.state.segments import LogContent, read_log
 
 _log = structlog.get_logger()
 PATIENCE_S = 30.0

@@ -7,7 +7,7 @@ from hypemand.core.doubt import Reading
 from hypemand.core.model import InstanceId, RunFinished
 from hypemand.state.codec import Line
 from hypemand.state.replay import lay_over
-from hypemand.state.runlog import LogContent
+from hypemand.state.segments import LogContent
 from hypemand.state.store import Store
 
 

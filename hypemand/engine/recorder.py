@@ -51,13 +51,13 @@ class Recorder:
 
     def made(self, instance: InstanceId) -> list[str]:
         """Ids of the snapshots of *instance* in the order in which they were made, those of open runs last."""
-        under_way = [run.run_id for run in self._runlog.open_runs if run.instance_id == instance]
+        under_way = [run.run_id for run in self._runlog.open_runs_of(instance)]
         return [*self.order.of(instance), *under_way]
 
     async def finished(self, run: RunFinished) -> None:
         """Append *run* to the log, and bring its schedule up to date. Retries until it holds or hypemand stops."""
         log_outcome(run)
-        started = next((line for line in self._runlog.open_runs if line.run_id == run.run_id), None)
+        started = self._runlog.open_run(run.run_id)
         if started is not None:
             self.freezes.finished(started, run)
         self.latest.finished(run)

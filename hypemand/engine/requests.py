@@ -58,6 +58,7 @@ class Requests:
             UnavailableError: Whether it exists can't be told now, or hypemand is about to end; or the schedule can't
                 be written yet. Then it is in force, and written as soon as that is possible.
         """
+        await self.engine.rush.wait()  # no client makes runs late, however much it asks for
         async with self._turn(instance):
             self._refuse_if_not_ours(instance)
             store, clock = self.engine.store, self.engine.clock

@@ -4,6 +4,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 from datetime import datetime, timedelta
+from typing import NamedTuple
 
 import structlog
 import trio
@@ -23,8 +24,7 @@ LONGEST_SLEEP_S = 5.0
 _log = structlog.get_logger()
 
 
-@frozen(order=True)
-class _Entry:
+class _Entry(NamedTuple):
     """A slot to be started at *start_at*; not the newest of its instance: dropped when it comes up."""
 
     start_at: datetime
@@ -99,6 +99,7 @@ class Scheduler:
         self._wake = trio.Event()
         self._stopping = False
         self._runs: trio.Nursery | None = None
+        self._turned = trio.Event()
         self.serving = trio.Event()
 
     @property
@@ -119,10 +120,37 @@ class Scheduler:
             try:
                 while not self._stopping:
                     self._watch.check(self._on_jump)
-                    await self._sleep(self._start_due(self._runs))
+                    wait_s = self._start_due(self._runs)
+                    self._end_turn()
+                    await self._sleep(wait_s)
             except BaseException:
                 self._on_crash()  # guests that can't be resumed must not keep a dead engine alive
                 raise
+            self._end_turn()
+
+    def _end_turn(self) -> None:
+        self._turned.set()
+        self._turned = trio.Event()
+
+    async def next_turn(self) -> None:
+        """Return once the dispatcher has looked through what is due, which it does each `LONGEST_SLEEP_S` at least.
+
+        When it looks no more, for it was stopped, that is never.
+        """
+        await self._turned.wait()
+
+    async def take_turn(self) -> None:
+        """Have the dispatcher look now, and return once it has. Once it was stopped there is nothing to wait for."""
+        turned = self._turned
+        self._wake.set()
+        if not self._stopping:
+            await turned.wait()
+
+    @property
+    def next_start(self) -> tuple[InstanceId, datetime] | None:
+        """Whose run is the next to begin, and when."""
+        entry = self._first()
+        return None if entry is None else (entry.instance, entry.start_at)
 
     def stop(self, grace_s: float) -> None:
         """Start nothing more. Runs that have begun get *grace_s* to finish, those that wait end now.
@@ -205,13 +233,18 @@ class Scheduler:
         if spread:
             _log.info("runs missed while hypemand was down are spread out", runs=len(overdue))
 
-    def _start_due(self, runs: trio.Nursery) -> float:
-        """Start what is due now; seconds until the next, at most `LONGEST_SLEEP_S`."""
+    def _first(self) -> _Entry | None:
+        """The entry that comes up next; those before it that are not the newest of their instances are dropped."""
         while self._heap:
             entry = self._heap[0]
-            if self._newest.get(entry.instance) != entry.number:
-                heapq.heappop(self._heap)
-                continue
+            if self._newest.get(entry.instance) == entry.number:
+                return entry
+            heapq.heappop(self._heap)
+        return None
+
+    def _start_due(self, runs: trio.Nursery) -> float:
+        """Start what is due now; seconds until the next, at most `LONGEST_SLEEP_S`."""
+        while (entry := self._first()) is not None:
             wait_s = (entry.start_at - self._clock.now()).total_seconds()
             if wait_s > 0:
                 return min(wait_s, LONGEST_SLEEP_S)

@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import trio
-from attrs import frozen
+from attrs import Factory, define, frozen
 
 from hypemand.backends.base import Room
 from hypemand.core.errors import HypemandError
@@ -42,11 +42,19 @@ async def measure(path: Path) -> Filesystem:
     return await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
 
 
+@define(eq=False)
+class _Look:
+    over: trio.Event = Factory(trio.Event)
+    seen: Filesystem | None = None
+
+
 class Space:
     """The sum of what captures under way may take, by filesystem."""
 
     def __init__(self, measure: Measure) -> None:
         self._measure = measure
+        self._next: dict[Path, _Look] = {}
+        self._under_way: dict[Path, _Look] = {}
         self._reserved: Counter[int] = Counter()
 
     @asynccontextmanager
@@ -70,9 +78,29 @@ class Space:
         """*rooms* by the filesystem that they are on, each as it was when it was first looked at."""
         found: dict[int, tuple[Filesystem, list[Room]]] = {}
         for room in rooms:
-            filesystem = await self._measure(room.path)
+            filesystem = await self._look(room.path)
             found.setdefault(filesystem.id, (filesystem, []))[1].append(room)
         return dict(found.values())
+
+    async def _look(self, path: Path) -> Filesystem:
+        """How things are at *path*, seen after this was asked: those who ask while a look is taken share the next."""
+        while (shared := self._next.get(path)) is not None:
+            await shared.over.wait()
+            if shared.seen is not None:
+                return shared.seen
+        mine = self._next[path] = _Look()
+        try:
+            before = self._under_way.get(path)
+            if before is not None:
+                await before.over.wait()
+            self._under_way[path] = self._next.pop(path)
+            mine.seen = await self._measure(path)
+        finally:
+            for looks in (self._next, self._under_way):
+                if looks.get(path) is mine:
+                    del looks[path]
+            mine.over.set()
+        return mine.seen
 
     def _check(self, filesystem: Filesystem, rooms: Collection[Room], min_free: int) -> None:
         promised, needed = self._reserved[filesystem.id], _sum(rooms)

@@ -7,7 +7,7 @@ from attrs import define, field
 
 from hypemand.core.model import InstanceId
 from hypemand.state.files import Disk
-from hypemand.state.runlog import read_segments
+from hypemand.state.segments import read_segments
 
 
 @define

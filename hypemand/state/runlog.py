@@ -8,139 +8,31 @@ carried over, so nothing of them is ever in an old segment alone.
 
 import errno
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
-import orjson
 import structlog
 import trio
-from attrs import define, field, frozen
+from attrs import define, field
 
-from hypemand.core.errors import InvalidInput
-from hypemand.core.model import InstanceId, RunFinished, RunStarted
-from hypemand.state.codec import Line, decode_line, encode_line
+from hypemand.core.model import InstanceId, RunStarted
+from hypemand.state.codec import Line, encode_line
 from hypemand.state.files import Disk
+from hypemand.state.segments import LogContent, read_log, segments
 
 ROTATE_BYTES = 8 * 1024 * 1024
-OLD_SEGMENTS = 4
 UNSURE_BYTES = 1024 * 1024  # more than one commit writes; what is before it was synced by whoever wrote it
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _log = structlog.get_logger()
 
 
 @define
-class LogContent:
-    """What the segments hold.
-
-    Attributes:
-        lines: Oldest first; a line carried over by a rotation stands there once.
-        damaged: Where a line can't be read, and why.
-        torn_bytes: Length of the unfinished end of the newest segment.
-    """
-
-    lines: list[Line] = field(factory=list)
-    damaged: list[str] = field(factory=list)
-    torn_bytes: int = 0
-
-    def open_runs(self) -> dict[str, RunStarted]:
-        """Runs that were started and not finished, by id, oldest first."""
-        finished = {line.run_id for line in self.lines if isinstance(line, RunFinished)}
-        return {
-            line.run_id: line for line in self.lines if isinstance(line, RunStarted) and line.run_id not in finished
-        }
-
-    def started(self) -> list[RunStarted]:
-        """Every started line, oldest first."""
-        return [line for line in self.lines if isinstance(line, RunStarted)]
-
-    def finished(self, instance: InstanceId | None = None) -> list[RunFinished]:
-        """The history, newest last; of *instance* alone where one is given."""
-        return [line for line in self.lines if isinstance(line, RunFinished) and instance in (None, line.instance_id)]
-
-
-def segments(state_dir: Path) -> list[Path]:
-    """Every segment that there may be, oldest first."""
-    base = state_dir / "runs.jsonl"
-    return [*(base.with_name(f"runs.jsonl.{age}") for age in range(OLD_SEGMENTS, 0, -1)), base]
-
-
-@frozen
-class Segment:
-    """A segment as it was read, without the unfinished end that a crash left of a write, of *torn_bytes*."""
-
-    name: str
-    data: bytes
-    torn_bytes: int = 0
-
-    def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Its lines, numbered from 1."""
-        return enumerate(self.data.splitlines(), start=1)
-
-
-def read_segments(state_dir: Path, disk: Disk) -> Iterator[Segment]:
-    """Each segment that there is, oldest first. Blocking.
-
-    Raises:
-        OSError: One is there, but can't be read.
-    """
-    for path in segments(state_dir):
-        try:
-            data, _ = disk.read(path)
-        except FileNotFoundError:
-            continue
-        whole = _whole_length(data) if path.suffix == ".jsonl" else len(data)
-        yield Segment(path.name, data[:whole], len(data) - whole)
-
-
-def read_log(state_dir: Path, disk: Disk) -> LogContent:
-    """All segments of the run log; changes nothing. Blocking.
-
-    Raises:
-        OSError: A segment is there, but can't be read.
-    """
-    content = LogContent()
-    started: set[str] = set()
-    for segment in read_segments(state_dir, disk):
-        content.torn_bytes += segment.torn_bytes
-        for number, raw in segment.lines():
-            _read_line(raw, f"{segment.name}:{number}", content, started)
-    return content
-
-
-def _read_line(raw: bytes, where: str, content: LogContent, started: set[str]) -> None:
-    try:
-        line = decode_line(raw)
-    except InvalidInput as error:
-        content.damaged.append(f"{where}: {error}")
-        return
-    if isinstance(line, RunStarted):
-        if line.run_id in started:
-            return
-        started.add(line.run_id)
-    content.lines.append(line)
-
-
-def _whole_length(data: bytes) -> int:
-    """Bytes of *data* up to the end of its last line that is JSON; what follows is what a crash left of a write."""
-    end = data.rfind(b"\n") + 1
-    while end:
-        start = data.rfind(b"\n", 0, end - 1) + 1
-        try:
-            orjson.loads(data[start:end])
-        except orjson.JSONDecodeError:
-            end = start  # blocks that never reached the disk read as zeros
-        else:
-            return end
-    return 0
-
-
-@define
 class _Batch:
-    """Lines that are made durable together."""
+    """Lines that are made durable together, by the first one's `RunLog.append`."""
 
     lines: list[Line] = field(factory=list)
     data: list[bytes] = field(factory=list)
-    done: bool = False
+    done: trio.Event = field(factory=trio.Event)
     error: OSError | None = None
 
 
@@ -158,6 +50,7 @@ class RunLog:
         self._batch = _Batch()
         self._turn = trio.Lock()
         self._open: dict[str, RunStarted] = {}
+        self._open_of: dict[InstanceId, dict[str, RunStarted]] = {}
         self.damaged: tuple[str, ...] = ()  # where a line could not be read when it was opened, and why
 
     @property
@@ -170,14 +63,23 @@ class RunLog:
         """Runs that were started and not finished, oldest first."""
         return tuple(self._open.values())
 
+    def open_run(self, run_id: str) -> RunStarted | None:
+        """The started line of a run that is open, or None."""
+        return self._open.get(run_id)
+
     def open_run_of(self, instance: InstanceId) -> RunStarted | None:
-        """The open run of *instance*, or None."""
-        return next((run for run in self._open.values() if run.instance_id == instance), None)
+        """The oldest open run of *instance*, or None."""
+        return next(iter(self.open_runs_of(instance)), None)
+
+    def open_runs_of(self, instance: InstanceId) -> Collection[RunStarted]:
+        """The open runs of *instance*, oldest first: one, but for a fault."""
+        return self._open_of.get(instance, {}).values()
 
     async def open(self) -> LogContent:
         """Read the log, cut a torn end, and make it ready for appends."""
         content = await self._disk.call(self._open_blocking)
-        self._open, self.damaged = content.open_runs(), tuple(content.damaged)
+        self._open, self._open_of, self.damaged = {}, {}, tuple(content.damaged)
+        self._remember(content.open_runs().values())
         if content.torn_bytes:
             _log.warning("torn end of the run log cut", path=str(self._path), bytes=content.torn_bytes)
         for place in content.damaged:
@@ -227,30 +129,40 @@ class RunLog:
         batch.lines.append(line)
         batch.data.append(data)
         with trio.CancelScope(shield=True):
-            async with self._turn:
-                if not batch.done:
-                    self._batch = _Batch()
-                    await self._commit(batch)
+            if len(batch.lines) == 1:
+                await self._commit(batch)
+            else:  # all that wait are woken at once: a lock would let them through one by one
+                await batch.done.wait()
         if batch.error is not None:
             raise OSError(batch.error.errno, batch.error.strerror, str(self._path)) from batch.error
 
     async def _commit(self, batch: _Batch) -> None:
-        try:
-            await self._disk.call(self._write, b"".join(batch.data))
-        except OSError as error:
-            batch.error = error
-        else:
-            self._remember(batch.lines)
-        batch.done = True
-        if batch.error is None and self._size >= self._rotate_bytes:
-            await self._rotate()
+        async with self._turn:
+            self._batch = _Batch()
+            try:
+                await self._disk.call_ahead(self._write, b"".join(batch.data))
+            except OSError as error:
+                batch.error = error
+            except BaseException as error:
+                batch.error = OSError(errno.EIO, f"not written: {error!r}")
+                raise
+            else:
+                self._remember(batch.lines)
+            finally:
+                batch.done.set()
+            if batch.error is None and self._size >= self._rotate_bytes:
+                await self._rotate()
 
     def _remember(self, lines: Iterable[Line]) -> None:
         for line in lines:
+            of_instance = self._open_of.setdefault(line.instance_id, {})
             if isinstance(line, RunStarted):
-                self._open[line.run_id] = line
+                self._open[line.run_id] = of_instance[line.run_id] = line
             else:
                 self._open.pop(line.run_id, None)
+                of_instance.pop(line.run_id, None)
+                if not of_instance:
+                    del self._open_of[line.instance_id]
 
     def _write(self, data: bytes) -> None:
         if self._names_unsure:
@@ -290,7 +202,7 @@ class RunLog:
 
     async def _rotate(self) -> None:
         try:
-            await self._disk.call(self._rotate_blocking)
+            await self._disk.call_ahead(self._rotate_blocking)
         except OSError as error:
             _log.error("run log can't be rotated; it grows on", error=str(error))
 

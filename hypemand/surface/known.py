@@ -14,8 +14,8 @@ from hypemand.state.codec import Line
 from hypemand.state.files import Disk
 from hypemand.state.lock import LockOwner, lock_owner
 from hypemand.state.replay import lay_over, under_way
-from hypemand.state.runlog import read_log
 from hypemand.state.scan import quarantine_notes, scan_schedules
+from hypemand.state.segments import read_log
 
 
 @frozen(kw_only=True)

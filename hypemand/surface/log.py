@@ -1,4 +1,6 @@
-"""The log: for people on a terminal, one JSON object a line otherwise. On stderr.
+"""The log: for people on a terminal, fields of systemd's journal where it leads there, else one JSON object a line.
+
+On stderr, but for the journal, which has a socket.
 
 Lines are written by a thread of their own: a reader that stalls must hold up
 neither a run nor a resume. It loses lines then, and the log says how many.
@@ -21,6 +23,7 @@ import structlog
 
 from hypemand.config import LogConfig, LogFormat
 from hypemand.core.size import format_size
+from hypemand.surface.journal import Journal, entry, is_journal, message
 
 QUEUE_LINES = 10_000
 _FOR_PROGRAMS = frozenset({"run_id", "due_at"})
@@ -55,11 +58,15 @@ class _Stderr:
 
 
 class LineWriter:
-    """Writes lines to a stream from a thread; never blocks and never raises in the caller."""
+    """Writes lines to a stream from a thread; never blocks and never raises in the caller.
+
+    Attributes:
+        stream: Where lines go from now on.
+    """
 
     def __init__(self, stream: Stream) -> None:
-        self._stream = stream
-        self._lines: queue.Queue[str | None] = queue.Queue(QUEUE_LINES)
+        self.stream = stream
+        self._lines: queue.Queue[tuple[Stream, str] | None] = queue.Queue(QUEUE_LINES)
         self._lost = 0
         self.tell_lost: Callable[[int], str] = "({} log lines lost: the log's reader was too slow)".format
         self._thread = threading.Thread(target=self._write_all, name="log", daemon=True)
@@ -69,13 +76,13 @@ class LineWriter:
         """Queue *line*; it is lost when the queue is full."""
         try:
             self._own_up()
-            self._lines.put_nowait(line)
+            self._lines.put_nowait((self.stream, line))
         except queue.Full:
             self._lost += 1
 
     def _own_up(self) -> None:
         if self._lost:
-            self._lines.put_nowait(self.tell_lost(self._lost))
+            self._lines.put_nowait((self.stream, self.tell_lost(self._lost)))
             self._lost = 0
 
     def close(self) -> None:
@@ -88,15 +95,16 @@ class LineWriter:
         self._thread.join(_FLUSH_S)
 
     def _write_all(self) -> None:
-        while (line := self._lines.get()) is not None:
+        while (queued := self._lines.get()) is not None:
+            stream, line = queued
             try:
-                self._stream.write(line + "\n")
+                stream.write(line + "\n")
                 if self._lines.empty():
-                    self._stream.flush()
+                    stream.flush()
             except (OSError, ValueError):
                 continue  # nobody reads the log; hypemand goes on
         with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
+            self.stream.flush()
 
 
 class _Logger:
@@ -117,12 +125,17 @@ _writer: LineWriter | None = None
 def set_up_log(config: LogConfig) -> None:
     """Log as *config* says, from now on; may be called again."""
     global _writer  # noqa: PLW0603 - the process has one log
+    own = sys.stderr is sys.__stderr__
+    to_journal = config.format is LogFormat.AUTO and own and is_journal(2)
+    stream = Journal() if to_journal else _Stderr() if own else sys.stderr
     if _writer is None:
-        _writer = LineWriter(_Stderr() if sys.stderr is sys.__stderr__ else sys.stderr)
+        _writer = LineWriter(stream)
         atexit.register(_writer.close)
+    _writer.stream = stream
     logger = _Logger(_writer)
     for_people = config.format is LogFormat.CONSOLE or (config.format is LogFormat.AUTO and sys.stderr.isatty())
-    processors = [structlog.processors.add_log_level, *(_console() if for_people else _json())]
+    form = _journal() if to_journal else _console() if for_people else _json()
+    processors = [structlog.processors.add_log_level, *form]
 
     def tell_lost(lines: int) -> str:
         event: Any = {"event": "log lines lost: the log's reader was too slow", "lines": lines}
@@ -160,6 +173,14 @@ def _json() -> list[Any]:
         structlog.processors.format_exc_info,
         structlog.processors.JSONRenderer(serializer=_dumps),
     ]
+
+
+def _journal() -> list[Any]:
+    return [structlog.processors.format_exc_info, _journal_entry]
+
+
+def _journal_entry(logger: Any, method: str, event: MutableMapping[str, Any]) -> str:
+    return entry(event, message(_harmless(logger, method, _for_people(logger, method, event))))
 
 
 def _for_people(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

@@ -14,7 +14,7 @@ from hypemand.state.codec import Line, decode_schedule
 from hypemand.state.files import Disk
 from hypemand.state.lock import lock_owner
 from hypemand.state.replay import lay_over
-from hypemand.state.runlog import read_log
+from hypemand.state.segments import read_log
 from tests.kills.grounds import KEPT, Ground
 from tests.kills.places import GUEST, OPERATORS
 

@@ -18,7 +18,8 @@ from hypemand.engine.capture import Attempt
 from hypemand.engine.clock import ClockWatch
 from hypemand.engine.freeze import Freeze
 from hypemand.state.files import Disk
-from hypemand.state.runlog import LogContent, RunLog, read_log
+from hypemand.state.runlog import RunLog
+from hypemand.state.segments import LogContent, read_log
 from tests.simulation.world import World
 
 Bug = AbstractContextManager[None]

@@ -48,6 +48,9 @@ class SimDisk(Disk):
         self.life.check()
         return work(*args)
 
+    async def call_ahead(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await self.call(work, *args)
+
     def _begin(self, operation: str) -> None:
         self.life.check()
         self.trouble.crash_point(self.life, operation, "before")

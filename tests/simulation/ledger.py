@@ -10,7 +10,7 @@ from attrs import define, field
 
 from hypemand.core.model import InstanceId, RunStarted, Schedule
 from hypemand.state.codec import Line
-from hypemand.state.runlog import LogContent
+from hypemand.state.segments import LogContent
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

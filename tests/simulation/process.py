@@ -14,7 +14,7 @@ from hypemand.engine.fleet import Fleet
 from hypemand.engine.leases import NoGuardError, NoLeases
 from hypemand.engine.outside import Outside
 from hypemand.state.codec import Line
-from hypemand.state.runlog import LogContent
+from hypemand.state.segments import LogContent
 from tests.disks import Crash
 from tests.fakes import FakeRoom
 from tests.simulation.client import Client

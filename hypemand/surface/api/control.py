@@ -73,9 +73,9 @@ class Control:
         match event:
             case RunStepped(step=Step.PAUSED):
                 self._paused_s[event.run_id] = trio.current_time()
-            case RunStepped(step=Step.BEGUN) if self._freezes_by_itself(event.instance_id):
+            case RunStepped(step=Step.BEGUN) if self._freezes_by_itself(event.run_id):
                 self._paused_s[event.run_id] = trio.current_time()
-            case RunStepped(step=Step.CAPTURED) if self._freezes_by_itself(event.instance_id):
+            case RunStepped(step=Step.CAPTURED) if self._freezes_by_itself(event.run_id):
                 self._paused_s.pop(event.run_id, None)
             case RunStepped(step=Step.RESUMED):
                 self._paused_s.pop(event.run_id, None)
@@ -85,9 +85,9 @@ class Control:
                 self._ended.set()
                 self._ended = trio.Event()
 
-    def _freezes_by_itself(self, instance: InstanceId) -> bool:
+    def _freezes_by_itself(self, run_id: str) -> bool:
         """Whether the guest stands still for as long as its hypervisor captures it."""
-        run = self.engine.runlog.open_run_of(instance)
+        run = self.engine.runlog.open_run(run_id)
         return run is not None and run.freezes is Freezer.HYPERVISOR
 
     async def overview(self, instance: str | None = None) -> Overview:

@@ -21,6 +21,7 @@ from starlette.types import ASGIApp
 
 from hypemand.surface.http.connection import Connection, Limits
 from hypemand.surface.http.http1 import http_config
+from hypemand.surface.http.inherited import Inherited
 from hypemand.surface.http.sockets import BACKLOG, ControlSocket, SocketRefusedError, open_control_socket
 
 T = TypeVar("T")
@@ -71,6 +72,7 @@ class Serving:
         path: Of the control socket.
         listen: Host and port for TCP, if it is served.
         unreachable: Why it does not listen where it should, by place.
+        listening: Set once it listens wherever it should.
         over: Set once the last connection is closed.
     """
 
@@ -82,11 +84,13 @@ class Serving:
         listen: str | None = None,
         tcp_app: ASGIApp | None = None,
         tls: Callable[[], SSLContext | None] = lambda: None,
+        inherited: Inherited | None = None,
         limits: Limits | None = None,
         retry_s: float = RETRY_S,
     ) -> None:
         self.path = path
         self.listen = listen
+        self._inherited = inherited or Inherited()
         self._limits = limits or Limits()
         self._retry_s = retry_s
         self._http = http_config(self._limits.head_bytes)
@@ -96,6 +100,8 @@ class Serving:
         self._accepting = trio.CancelScope()
         self._stopped = False
         self.unreachable: dict[str, str] = {}
+        self.listening = trio.Event()
+        self._open: set[str] = set()
         self.over = trio.Event()
 
     async def serve(self) -> None:
@@ -132,17 +138,31 @@ class Serving:
     async def _keep_control_socket(self, clients: trio.Nursery) -> None:
         place = str(self.path)
         while True:
-            made = await self._opened(place, lambda: trio.to_thread.run_sync(open_control_socket, self.path))
+            made = await self._opened(place, self._control_socket)
             try:
                 async with trio.open_nursery() as nursery:
                     listener = trio.socket.from_stdlib_socket(made.socket)
                     nursery.start_soon(self._accept, listener, self._socket_door, clients)
                     _log.info("API serves", socket=place)
+                    self._is_open(place)
                     await self._until_lost(made)
                     nursery.cancel_scope.cancel()
             finally:
                 made.close()
             _log.warning("the API's socket was removed or replaced by somebody; making it again", socket=place)
+
+    async def _control_socket(self) -> ControlSocket:
+        def taken_or_made() -> ControlSocket:
+            return self._inherited.take_control_socket(self.path) or open_control_socket(self.path)
+
+        return await trio.to_thread.run_sync(taken_or_made)
+
+    def _is_open(self, place: str) -> None:
+        self._open.add(place)
+        serves_tcp = self.listen is not None and self._tcp_door is not None
+        if len(self._open) == (2 if serves_tcp else 1):
+            self._inherited.refuse_rest()
+            self.listening.set()
 
     async def _until_lost(self, made: ControlSocket) -> None:
         there = True
@@ -151,12 +171,13 @@ class Serving:
             there = await trio.to_thread.run_sync(made.is_there, abandon_on_cancel=True)
 
     async def _keep_tcp(self, listen: str, door: _Door, clients: trio.Nursery) -> None:
-        listeners = await self._opened(listen, partial(open_tcp, listen))
+        listeners = await self._opened(listen, partial(open_tcp, listen, self._inherited))
         try:
             async with trio.open_nursery() as nursery:
                 for listener in listeners:
                     nursery.start_soon(self._accept, listener, door, clients)
                 _log.info("API serves", listen=listen, tls=door.tls() is not None)
+                self._is_open(listen)
         finally:
             for listener in listeners:
                 listener.close()
@@ -228,14 +249,19 @@ def address_of(listen: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-async def open_tcp(listen: str) -> list[trio.socket.SocketType]:
+async def open_tcp(listen: str, inherited: Inherited | None = None) -> list[trio.socket.SocketType]:
     """Listen at each address that *listen* stands for; one that this machine does not have is left out.
+
+    Where one of them was *inherited*, those that were are all.
 
     Raises:
         OSError: There is none to listen at, or one is taken.
     """
     host, port = address_of(listen)
     found = await trio.socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    taken = inherited.take_tcp(address for *_, address in found) if inherited is not None else []
+    if taken:
+        return [_kept_alive(trio.socket.from_stdlib_socket(made)) for made in taken]
     opened: list[trio.socket.SocketType] = []
     missing: list[OSError] = []
     with contextlib.ExitStack() as on_error:
@@ -258,8 +284,7 @@ async def _listen(family: int, address: tuple[Any, ...]) -> trio.socket.SocketTy
     listener = trio.socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        for level, option, value in _KEEP_ALIVE:
-            listener.setsockopt(level, option, value)
+        _kept_alive(listener)
         if family == socket.AF_INET6:
             listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)  # the other one has a socket of its own
         await listener.bind(address)
@@ -267,4 +292,10 @@ async def _listen(family: int, address: tuple[Any, ...]) -> trio.socket.SocketTy
     except BaseException:
         listener.close()
         raise
+    return listener
+
+
+def _kept_alive(listener: trio.socket.SocketType) -> trio.socket.SocketType:
+    for level, option, value in _KEEP_ALIVE:
+        listener.setsockopt(level, option, value)
     return listener

@@ -56,11 +56,12 @@ def short_path(path: Path) -> Iterator[str]:
 
 @frozen(eq=False)
 class ControlSocket:
-    """A socket that listens at *path*."""
+    """A socket that listens at *path*. One that is *lent* goes on to listen there when it is closed here."""
 
     path: Path
     socket: socket.socket
     _file: tuple[int, int]
+    lent: bool = False
 
     def is_there(self) -> bool:
         """Whether clients that go to the path come to this socket. Blocking."""
@@ -73,9 +74,18 @@ class ControlSocket:
         """Listen no more, and remove the file, if it is still this socket's. Idempotent."""
         if self.socket.fileno() >= 0:
             with contextlib.suppress(OSError):
-                if self.is_there():
+                if not self.lent and self.is_there():
                     self.path.unlink()
             self.socket.close()
+
+
+def adopt_control_socket(path: Path, made: socket.socket) -> ControlSocket:
+    """*made*, which somebody else has opened at *path*, with the mode that was wanted there. Blocking.
+
+    Raises:
+        OSError: There is nothing at *path*.
+    """
+    return ControlSocket(path, made, _identity(path), lent=True)
 
 
 def open_control_socket(path: Path) -> ControlSocket:
