@@ -113,7 +113,7 @@ class Box:
             if time.monotonic() > until:
                 told = self.ask("journalctl", "-u", "hypemand", "--no-pager", "-q", "-o", "short-precise").stdout
                 raise AssertionError(f"not within {within_s:g} s: {what}\n{told}")
-            time.sleep(0.02)
+            time.sleep(0.1)
 
 
 @contextmanager
