@@ -147,7 +147,7 @@ def test_a_guest_is_thawed_by_the_guard_when_the_daemon_is_killed(service: Servi
 def test_a_guest_is_thawed_by_exec_stop_post_when_the_whole_unit_is_killed(service: Service) -> None:
     service.drop_in(SOON)
     service.configure(backend=SLOW)
-    service.start()
+    service.box.run("systemctl", "start", "hypemand.socket", "hypemand.service")
     service.in_mid_capture()
     service.box.run("systemctl", "kill", "-s", "KILL", "hypemand")
     assert_settled_before_the_restart(service)
