@@ -204,7 +204,13 @@ async def test_twenty_guests_at_once_with_two_slots(tmp_path: Path, sockets: Pat
         for name in names:
             (tmp_path / name).mkdir()
             started = running_guest(
-                tmp_path / name, instance_id=name, tick_ms=300, sockets_in=sockets, wait=False, filled=True
+                tmp_path / name,
+                instance_id=name,
+                tick_ms=300,
+                sockets_in=sockets,
+                wait=False,
+                memory_mb=32,
+                filled=True,
             )
             guests.append(await stack.enter_async_context(started))
         for guest in guests:

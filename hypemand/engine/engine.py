@@ -45,6 +45,7 @@ class Engine:
 
     def __init__(self, config: Config, fleet: Fleet, outside: Outside, background: trio.Nursery) -> None:
         self.config = config
+        self._has_patterns = _has_patterns(config)  # asked often, of a config that may be long
         self.fleet = fleet
         self.problems: tuple[str, ...] = ()
         self.closed = False
@@ -239,7 +240,7 @@ class Engine:
 
     async def apply_config(self, config: Config) -> None:
         """Put *config* in force, for all but its state directory. New instances of patterns follow."""
-        self.config = config
+        self.config, self._has_patterns = config, _has_patterns(config)
         self._use_backends()
         for instance in await self._reconcile(None):
             self.scheduler.refresh(instance)
@@ -293,7 +294,7 @@ class Engine:
             if unread:
                 await self.reread()
             self._use_backends()
-            if unread or any(entry.is_pattern for entry in self.config.schedules) or not waiting.cancelled_caught:
+            if unread or self._has_patterns or not waiting.cancelled_caught:
                 await self._look()
 
     async def _keep_settling(self) -> None:
@@ -320,3 +321,7 @@ class Engine:
         await self.recovery.settle_all(busy)
         self._settled.set()
         done.set()
+
+
+def _has_patterns(config: Config) -> bool:
+    return any(entry.is_pattern for entry in config.schedules)
