@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -17,7 +18,7 @@ IDLE_S = 120
 
 def test_after_a_boot_each_missed_schedule_is_caught_up_once_and_spread(installed: Path, tmp_path: Path) -> None:
     with booted_with_hypemand(installed) as first:
-        first.configure(guests=" ".join(GUESTS), schedule="", interval="1m")
+        first.configure(guests=" ".join(GUESTS), schedule="", interval="5m")
         first.box.run("systemctl", "enable", "--now", "hypemand")
         first.box.run("systemctl", "stop", "hypemand")
         for guest in GUESTS:
@@ -32,18 +33,18 @@ def test_after_a_boot_each_missed_schedule_is_caught_up_once_and_spread(installe
         assert second.is_active()
     assert sorted(run["instance_id"] for run in runs) == sorted(GUESTS), "one run each, and no more"
     assert {run["outcome"] for run in runs} == {"succeeded"}
-    assert all(run["missed"] >= 59 for run in runs)
+    assert all(run["missed"] == 60 for run in runs)
     began = sorted(datetime.fromisoformat(run["started_at"]) for run in runs)
     assert booted_at < began[0]
     assert began[-1] - began[0] > timedelta(seconds=1), "they are spread out"
-    assert again - booted_at < timedelta(minutes=1), "there was no time for the next slot"
+    assert again - booted_at < timedelta(minutes=5), "there was no time for the next slot"
 
 
 def miss(service: Service, guest: str, slots: int) -> None:
     """Have *guest*'s schedule look as if so many slots had passed."""
     path = service.box.path(f"{STATE}/schedules/{guest}.json")
     document = orjson.loads(path.read_bytes())
-    due = datetime.fromisoformat(document["next_run_at"]) - timedelta(minutes=slots + 1)
+    due = datetime.fromisoformat(document["next_run_at"]) - (slots + 1) * timedelta(minutes=5)
     path.write_bytes(orjson.dumps(document | {"next_run_at": due.isoformat().replace("+00:00", "Z")}))
 
 
@@ -75,7 +76,7 @@ def test_two_machines_that_share_nothing_do_not_meet(service: Service, installed
 
 
 def test_two_minutes_of_idling_take_less_than_a_thousandth_of_a_processor(
-    service: Service, record_property: object
+    service: Service, record_property: Callable[[str, object], None]
 ) -> None:
     service.configure(guests=" ".join(GUESTS))
     service.start()
@@ -85,7 +86,6 @@ def test_two_minutes_of_idling_take_less_than_a_thousandth_of_a_processor(
     time.sleep(IDLE_S)
     used = used_ns(service) - before
     share = used / 1e9 / (time.monotonic() - began)
-    assert callable(record_property)
     record_property(TOLD, f"idle: {100 * share:.3f} % of a processor")
     assert 0 < share < 0.001
     assert len(service.history()) == len(GUESTS)

@@ -265,6 +265,21 @@ def test_clients_wait_for_a_restart_where_systemd_holds_the_socket(service: Serv
     assert service.is_active()
 
 
+def test_a_client_that_waits_does_not_have_a_bad_config_tried_for_ever(service: Service) -> None:
+    box = service.box
+    box.write("/etc/systemd/system/hypemand.socket.d/test.conf", "[Socket]\nTriggerLimitBurst=2\n")
+    box.run("systemctl", "daemon-reload")
+    service.configure(interval="3 hours")
+    box.run("systemctl", "start", "hypemand.socket")
+    with pytest.raises(ConnectionError):
+        answer(service)
+    box.wait_until(lambda: box.show("hypemand.socket", "Result") == "trigger-limit-hit", "it is given up")
+    assert 1 <= said(service).count("Starting hypemand.service - Periodic snapshots of virtual machines...") <= 3
+    service.configure(schedule="")
+    box.run("systemctl", "start", "hypemand.socket", "hypemand.service")
+    assert answer(service) == 200
+
+
 def test_tokens_come_as_a_credential_that_may_be_missing(service: Service) -> None:
     box = service.box
     service.configure(more='[api]\nlisten = "127.0.0.1:8080"\n')
