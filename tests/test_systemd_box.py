@@ -168,6 +168,20 @@ def test_a_daemon_that_hangs_is_ended_by_the_watchdog_and_its_guest_thawed(servi
     assert len(service.logged("the guard settles open runs")) == 1
 
 
+def test_a_recover_by_root_leaves_files_that_the_service_can_read(service: Service) -> None:
+    service.drop_in("[Service]\nExecStopPost=\nRestart=no\n")
+    service.configure(backend=SLOW)
+    service.start()
+    service.in_mid_capture()
+    service.box.run("systemctl", "kill", "-s", "KILL", "hypemand")
+    service.box.wait_until(lambda: service.main_pid() == 0, "it is gone")
+    service.hypemand("recover")
+    assert service.guest_state() == "Running"
+    assert service.box.sh(f"find {STATE} ! -path '{STATE}/lab/*' ! -user hypemand") == ""
+    service.start()
+    assert json.loads(service.hypemand("status", "--json"))["instances"][0]["schedule"]["last_error"]
+
+
 def test_a_guest_whose_hypervisor_hangs_is_thawed_even_after_the_service_was_stopped(service: Service) -> None:
     service.configure(backend=SLOW, runs='shutdown_grace = "1s"')
     service.start()

@@ -36,6 +36,14 @@ class Signature:
         return cls(status.st_ino, status.st_mtime_ns, status.st_size)
 
 
+def _hand_over(descriptor: int, directory: Path) -> None:
+    """Have a file belong to whom its directory belongs to: what root's ``recover`` writes, the daemon has to read."""
+    if os.geteuid() == 0:
+        owner = directory.stat()
+        with contextlib.suppress(PermissionError):  # a network filesystem may not let it
+            os.fchown(descriptor, owner.st_uid, owner.st_gid)
+
+
 class Disk:
     """Blocking file operations, and `call` to run them beside the event loop."""
 
@@ -69,9 +77,10 @@ class Disk:
     def replace(self, path: Path, data: bytes) -> Signature:
         """Make *data* the content of *path*, durably: after a crash it holds the old or the new, whole."""
         temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             try:
+                _hand_over(descriptor, path.parent)
                 self.write(descriptor, data)
                 # The kernel's own stamps are coarse: an edit in the same tick would look like our write.
                 stamp = time.time_ns()
@@ -101,7 +110,9 @@ class Disk:
 
     def open_append(self, path: Path) -> int:
         """A descriptor that appends to *path*, made if missing."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        _hand_over(descriptor, path.parent)
+        return descriptor
 
     def write(self, descriptor: int, data: bytes) -> None:
         """Write all of *data*."""
