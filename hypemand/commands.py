@@ -214,7 +214,7 @@ def recover(options: argparse.Namespace) -> int:
     from hypemand.surface.log import set_up_log
 
     config_path, config = _config_or_guess(options)
-    asked = _ask_to_recover(config_path, config)
+    asked = _ask_to_recover(config_path, config) if _daemon_may_run(config.state_dir) else None
     if asked is not None:
         return asked
     set_up_log(config.log)
@@ -232,6 +232,21 @@ def recover(options: argparse.Namespace) -> int:
     assert result is not None
     trio.run(run_hooks, config.hooks, result.ended, config.hooks.timeout.total_seconds())
     return _tell_recovered(result.summary, result.left)
+
+
+def _daemon_may_run(state_dir: Path) -> bool:
+    """Whether a daemon may have *state_dir*, or another one that we don't know of.
+
+    Who holds the lock tells. A socket that the service manager keeps open
+    does not: there nobody would answer, while guests stand still.
+    """
+    from hypemand.state.lock import lock_owner
+
+    try:
+        owner = lock_owner(state_dir)
+        return not (state_dir / "lock").exists() or (owner is not None and owner.role not in ("guard", "recover"))
+    except OSError:
+        return True
 
 
 def _ask_to_recover(config_path: Path, config: "Config") -> int | None:

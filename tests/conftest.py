@@ -1,7 +1,9 @@
 """Set up for every test."""
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import structlog
@@ -11,6 +13,8 @@ from structlog.typing import EventDict
 
 from tests.processes import TOLD
 from tests.qemu_guest import require_qemu
+from tests.systemd_box import require_systemd
+from tests.systemd_service import Service, booted_with_hypemand, installed_once
 from tests.virtual_time import VirtualClock
 
 # A busy machine is no bug, and 60 examples a promise keep the suite quick.
@@ -19,6 +23,7 @@ settings.load_profile("hypemand")
 
 
 LONG = (
+    "test_two_minutes_of_idling",
     "test_a_daemon_killed_or_hung_at_any_step",
     "test_fifty_thousand_runs",
     "test_a_monitor_that_another_client_holds",
@@ -79,3 +84,18 @@ def heard_log(quiet_log: None) -> Iterator[list[EventDict]]:
     with structlog.testing.capture_logs() as heard:
         structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.DEBUG))
         yield heard
+
+
+@pytest.fixture(scope="session")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An installed hypemand, to be laid into boxes."""
+    require_systemd()
+    own = tmp_path_factory.getbasetemp()
+    return installed_once(own.parent if "PYTEST_XDIST_WORKER" in os.environ else own)
+
+
+@pytest.fixture
+def service(installed: Path) -> Iterator[Service]:
+    """hypemand in a systemd that was booted for the test."""
+    with booted_with_hypemand(installed) as made:
+        yield made

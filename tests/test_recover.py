@@ -1,6 +1,7 @@
 """`hypemand recover` as real processes: twice, at once, killed, beside a daemon. Each run has one finished line."""
 
 import random
+import socket
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
+from hypemand.surface.http.sockets import short_path
 from tests.processes import (
     ALONE,
     HOURLY_MANY,
@@ -129,6 +131,19 @@ async def test_beside_a_daemon_that_starts_exactly_one_of_them_settles_each_run(
         await daemon.wait_for("next run")
         await daemon.stop()
     assert [ran.status for ran in done] == [0, 0]
+    assert_settled_once(lab)
+
+
+async def test_a_socket_at_which_nobody_answers_is_not_asked_when_no_daemon_has_the_state(lab: Lab) -> None:
+    await killed_with_open_runs(lab)
+    lab.replace(f'{lab.config.read_text()}\n[api]\nsocket = "api.sock"\n')
+    with socket.socket(socket.AF_UNIX) as kept_open, short_path(lab.directory / "api.sock") as name:
+        kept_open.bind(name)
+        kept_open.listen()
+        kept_open.setblocking(False)
+        assert (await recover(lab)).status == 0
+        with pytest.raises(BlockingIOError):
+            kept_open.accept()
     assert_settled_once(lab)
 
 

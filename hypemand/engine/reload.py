@@ -11,9 +11,12 @@ from hypemand.state.files import Signature
 
 @frozen
 class Tempo:
-    """How often to look, how long a file must not have changed, and how long to wait for that at most; seconds."""
+    """How often to look, how long a file must not have changed, and how long to wait for that at most; seconds.
 
-    poll_s: float = 0.5
+    Looking is most of what an idle daemon does: it is done more often only once an edit has begun.
+    """
+
+    poll_s: float = 2.0
     quiet_s: float = 2.0
     longest_s: float = 10.0
 
@@ -49,7 +52,7 @@ async def watch_file(
 async def _until_quiet(path: Path, seen: Signature | None, tempo: Tempo) -> Signature | None:
     first_seen = changed_at = trio.current_time()
     while True:
-        await trio.sleep(min(tempo.poll_s, tempo.quiet_s))
+        await trio.sleep(min(tempo.poll_s, tempo.quiet_s / 4))
         latest = await _signature(path)
         now = trio.current_time()
         if latest != seen:

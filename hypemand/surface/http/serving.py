@@ -167,7 +167,7 @@ class Serving:
     async def _until_lost(self, made: ControlSocket) -> None:
         there = True
         while there:
-            await trio.sleep(self._retry_s)
+            await trio.sleep(5 * self._retry_s)  # nobody is waiting, and each look wakes a thread
             there = await trio.to_thread.run_sync(made.is_there, abandon_on_cancel=True)
 
     async def _keep_tcp(self, listen: str, door: _Door, clients: trio.Nursery) -> None:
