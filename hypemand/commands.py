@@ -214,7 +214,7 @@ def recover(options: argparse.Namespace) -> int:
     from hypemand.surface.log import set_up_log
 
     config_path, config = _config_or_guess(options)
-    asked = _ask_to_recover(config_path, config)
+    asked = None if _no_daemon_has(config.state_dir) else _ask_to_recover(config_path, config)
     if asked is not None:
         return asked
     set_up_log(config.log)
@@ -232,6 +232,22 @@ def recover(options: argparse.Namespace) -> int:
     assert result is not None
     trio.run(run_hooks, config.hooks, result.ended, config.hooks.timeout.total_seconds())
     return _tell_recovered(result.summary, result.left)
+
+
+def _no_daemon_has(state_dir: Path) -> bool:
+    """Whether it is sure that no daemon is there to be asked.
+
+    A service manager may hold the daemon's socket: to ask there would have
+    frozen guests wait for an answer that nobody gives, and start again a
+    daemon that was stopped.
+    """
+    from hypemand.state.lock import lock_owner
+
+    try:
+        owner = lock_owner(state_dir)
+        return (state_dir / "lock").exists() if owner is None else owner.role in ("guard", "recover")
+    except OSError:
+        return False
 
 
 def _ask_to_recover(config_path: Path, config: "Config") -> int | None:

@@ -1,6 +1,7 @@
 """`hypemand recover` as real processes: twice, at once, killed, beside a daemon. Each run has one finished line."""
 
 import random
+import socket
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -195,6 +196,21 @@ async def test_the_length_of_the_freeze_is_taken_from_the_mark_of_the_pause(lab:
         assert (before - paused_at[guest]).total_seconds() <= run["freeze_s"]
         assert run["freeze_s"] <= (after - paused_at[guest]).total_seconds()
         assert f"resumed after {run['freeze_s']:.1f} s" in run["error"]
+
+
+async def test_nobody_is_asked_at_a_socket_that_a_service_manager_holds_for_a_daemon_that_is_gone(lab: Lab) -> None:
+    await killed_with_open_runs(lab)
+    path = lab.state / "api.sock"
+    path.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as held:
+        held.bind(str(path))
+        held.listen()
+        held.setblocking(False)
+        done = await recover(lab)
+        assert (done.status, done.stdout) == (0, "3 of 3 open runs settled\n")
+        with pytest.raises(BlockingIOError):  # who comes there has the daemon started
+            held.accept()
+    assert_settled_once(lab)
 
 
 async def test_with_a_config_that_can_not_be_read_open_runs_are_settled_by_what_the_run_log_knows(lab: Lab) -> None:
