@@ -1,5 +1,6 @@
 """The daemon's process: state lock, signals, the config file, the engine in between, and the API in front of it."""
 
+import contextlib
 import gc
 import os
 import signal
@@ -279,4 +280,5 @@ async def run_daemon(config_path: Path, version: Signature | None, config: Confi
         StateUnusableError: There is no state directory to be had.
     """
     service, inherited = Service(take_notifier(os.environ)), take_inherited(os.environ)
-    await Daemon(config_path, version, config, CurrentAccess(access), service, inherited).run()
+    with contextlib.closing(inherited):
+        await Daemon(config_path, version, config, CurrentAccess(access), service, inherited).run()

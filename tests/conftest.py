@@ -26,9 +26,11 @@ LONG = (
     "test_two_minutes_of_idling",
     "test_a_daemon_killed_or_hung_at_any_step",
     "test_fifty_thousand_runs",
+    "test_two_minutes_of_idling",
     "test_a_monitor_that_another_client_holds",
     "test_twenty_guests_at_once",
     "test_a_week_of_a_hundred_schedules",
+    "test_a_guest_whose_hypervisor_hangs_is_thawed_even_after",
     "test_a_qemu_that_is_frozen",
 )
 """Tests of more than a quarter of a minute, the longest first."""

@@ -1,5 +1,6 @@
 """Sockets of the service manager: what is taken, what is refused, and that nothing of them is removed."""
 
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -8,11 +9,14 @@ from typing import Any
 
 import pytest
 import trio
+from starlette.responses import PlainTextResponse
 from structlog.typing import EventDict
 
 from hypemand.surface.http import inherited as inherited_module
 from hypemand.surface.http.inherited import Inherited, take_inherited
-from hypemand.surface.http.serving import open_tcp
+from hypemand.surface.http.serving import Serving, open_tcp
+from tests.processes import PATIENCE_S
+from tests.talking import ask
 
 
 @pytest.fixture
@@ -52,7 +56,7 @@ def test_what_is_another_process_s_is_left_alone() -> None:
     assert take_inherited({}).sockets == []
 
 
-def test_a_control_socket_is_taken_once_and_stays_when_it_is_closed(
+def test_a_control_socket_is_taken_and_stays_when_it_is_closed(
     tmp_path: Path, made: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first(monkeypatch, *in_a_row(made))
@@ -65,7 +69,13 @@ def test_a_control_socket_is_taken_once_and_stays_when_it_is_closed(
     taken.close()
     assert taken.socket.fileno() == -1
     assert (tmp_path / "api.sock").is_socket()
+    again = inherited.take_control_socket(tmp_path / "api.sock")
+    assert again is not None
+    again.close()
+    (tmp_path / "api.sock").rename(tmp_path / "moved.sock")
+    (tmp_path / "api.sock").touch()
     assert inherited.take_control_socket(tmp_path / "api.sock") is None
+    inherited.close()
 
 
 def test_a_path_through_a_link_is_the_same(
@@ -75,6 +85,7 @@ def test_a_path_through_a_link_is_the_same(
     taken = Inherited([made]).take_control_socket(tmp_path / "run" / "api.sock")
     assert taken is not None
     assert taken.path == tmp_path / "run" / "api.sock"
+    taken.close()
 
 
 def test_one_whose_file_is_gone_is_closed_for_nobody_finds_it(tmp_path: Path, made: socket.socket) -> None:
@@ -89,10 +100,9 @@ async def test_tcp_is_taken_where_the_config_listens_there(tcp: socket.socket) -
     port = tcp.getsockname()[1]
     inherited = Inherited([tcp])
     (listener,) = await open_tcp(f"localhost:{port}", inherited)
-    assert listener.fileno() == tcp.fileno()
+    assert listener.getsockname() == tcp.getsockname()
     assert listener.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
     assert inherited.sockets == []
-    tcp.detach()
     listener.close()
 
 
@@ -107,6 +117,12 @@ async def test_tcp_elsewhere_is_refused_and_told_of(tcp: socket.socket, heard_lo
     inherited.refuse_rest()
     assert tcp.fileno() == -1
     assert [line["at"] for line in heard_log] == [place]
+
+
+def test_a_descriptor_that_is_not_there_is_told_of(heard_log: list[EventDict], monkeypatch: pytest.MonkeyPatch) -> None:
+    first(monkeypatch, 200)
+    assert take_inherited(environ(1)).sockets == []
+    assert [line["descriptor"] for line in heard_log] == [200]
 
 
 @pytest.mark.parametrize("kind", ["datagrams", "not listening", "no socket"])
@@ -131,6 +147,29 @@ def test_what_is_no_socket_that_listens_is_told_of(
             os.fstat(200)
 
 
+async def test_they_are_served_again_after_the_api_has_failed(
+    tmp_path: Path, made: socket.socket, tcp: socket.socket
+) -> None:
+    port = tcp.getsockname()[1]
+    inherited = Inherited([made.dup(), tcp.dup()])
+    api = Serving(
+        path=tmp_path / "api.sock",
+        socket_app=PlainTextResponse("here"),
+        listen=f"127.0.0.1:{port}",
+        tcp_app=PlainTextResponse("there"),
+        inherited=inherited,
+        retry_s=0.02,
+    )
+    with trio.fail_after(PATIENCE_S), contextlib.closing(inherited):
+        for _ in range(2):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(api.serve)
+                assert (await ask(tmp_path / "api.sock")).body == b"here"
+                assert (await ask(port)).body == b"there"
+                assert api.unreachable == {}
+                nursery.cancel_scope.cancel()
+
+
 async def test_the_loop_can_accept_from_it(tmp_path: Path, made: socket.socket) -> None:
     taken = Inherited([made]).take_control_socket(tmp_path / "api.sock")
     assert taken is not None
@@ -141,3 +180,4 @@ async def test_the_loop_can_accept_from_it(tmp_path: Path, made: socket.socket) 
             with accepted:
                 await client.send_all(b"x")
                 assert await accepted.recv(1) == b"x"
+    listener.close()

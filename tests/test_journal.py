@@ -75,14 +75,29 @@ def test_texts_that_are_not_utf_8_and_very_long_ones_are_told_as_far_as_they_can
     assert found["HYPEMAND_A_B_C"] == "1"
 
 
+@pytest.mark.parametrize("value", ["/a b/\udcff", ["\udcff"], {1: 2}, 2**70, Path("/a b/\udcff"), float("nan")])
+def test_a_fact_of_any_kind_is_told_and_stops_nobody_who_tells_it(value: object) -> None:
+    found = encoded(event="guest not resumed; trying again", level="error", error=value)
+    assert found["MESSAGE"].startswith("guest not resumed; trying again error=")
+    assert "HYPEMAND_ERROR" in found
+
+
+def test_a_long_text_is_cut_between_letters() -> None:
+    found = encoded(event="run failed", level="error", error="x" + "\u00e4" * 10**5)
+    assert set(found["HYPEMAND_ERROR"]) == {"x", "\u00e4"}
+
+
 def test_entries_reach_the_journal(tmp_path: Path, journald: socket.socket) -> None:
     Journal(tmp_path / "journal").write(entry({"event": "one", "level": "info"}, "one") + "\n")
     assert fields(journald.recv(65536))["MESSAGE"] == "one"
 
 
-def test_what_the_journal_does_not_take_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_journal_does_not_take_goes_to_stderr(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     Journal(tmp_path / "nobody").write(entry({"event": "one", "level": "info"}, "one") + "\n")
-    assert capsys.readouterr().err == "one\n"
+    assert capfd.readouterr().err == "one\n"
+    failed = {"event": "bug", "level": "error", "exception": "Traceback\n  in x", "error": "b"}
+    Journal(tmp_path / "nobody").write(entry(failed, message(failed)) + "\n")
+    assert capfd.readouterr().err == "bug error=b\nTraceback\n  in x\n"
 
 
 def test_stderr_is_the_journal_only_where_the_environment_names_that_very_file(tmp_path: Path) -> None:
@@ -107,6 +122,10 @@ journal.SOCKET = Path(sys.argv[1])
 journal.Journal.__init__.__defaults__ = (journal.SOCKET,)
 log.set_up_log(LogConfig())
 structlog.get_logger().warning("first", instance_id="web-1", freeze_s=0.25)
+try:
+    raise OSError("a\\x1b[2Jb \\udcff")
+except OSError:
+    structlog.get_logger().exception("trouble")
 log.set_up_log(LogConfig(format=LogFormat.JSON))
 structlog.get_logger().info("second")
 """
@@ -125,5 +144,8 @@ structlog.get_logger().info("second")
     assert heard["MESSAGE"] == "first instance=web-1 freeze=250ms"
     assert heard["HYPEMAND_FREEZE_S"] == "0.25"
     assert heard["PRIORITY"] == "4"
+    trouble = fields(journald.recv(65536))["MESSAGE"]
+    assert trouble.startswith("trouble\nTraceback")
+    assert "\x1b" not in trouble
     assert '"event":"second"' in lines.read_text()
     assert "first" not in lines.read_text()

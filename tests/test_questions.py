@@ -75,6 +75,22 @@ async def test_who_gives_up_waiting_takes_nobody_elses_answer_along() -> None:
     assert sorted(told) == [7, 8]
 
 
+async def test_what_nobody_waits_for_any_more_is_not_asked_once_a_thread_is_free_again() -> None:
+    questions, go_on = Questions(threads=1), threading.Event()
+    asked: list[int] = []
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(questions.ask, go_on.wait, 30)
+            await trio.sleep(0.05)
+            with trio.move_on_after(0.05):
+                async with trio.open_nursery() as impatient:
+                    for number in range(3 * AT_ONCE):
+                        impatient.start_soon(questions.ask, asked.append, number)
+            go_on.set()
+            await questions.ask(asked.append, -1)
+    assert asked == [-1]
+
+
 async def test_where_no_thread_can_be_had_whoever_asks_is_told_and_the_next_one_is_answered(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -10,7 +10,7 @@ from hypemand.backends.base import Preparation
 from hypemand.core.model import InstanceId, SnapshotKind
 from hypemand.engine.changes import SetSchedule
 from hypemand.engine.requests import Requests
-from hypemand.engine.rush import MANY, QUIET_S, Rush
+from hypemand.engine.rush import LONGEST_S, MANY, QUIET_S, Rush
 from tests.fakes import FakeBackend, FakeClock
 from tests.virtual_time import VirtualClock
 from tests.world import entry, world
@@ -73,6 +73,23 @@ async def test_steps_forward_count_before_the_end(rush: Rush, virtual_clock: Vir
         await trio.sleep(0.001)
         assert await waited(rush) == pytest.approx(5.0, abs=2 * QUIET_S)
         nursery.cancel_scope.cancel()
+
+
+async def test_a_rush_without_end_holds_up_nobody_for_long(rush: Rush, virtual_clock: VirtualClock) -> None:
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(_begin_again_and_again, rush, nursery)
+        await trio.sleep(20)
+        with trio.fail_after(600):
+            for _ in range(2):
+                assert await waited(rush) == pytest.approx(LONGEST_S, abs=2 * QUIET_S)
+        nursery.cancel_scope.cancel()
+
+
+async def _begin_again_and_again(rush: Rush, nursery: trio.Nursery) -> None:
+    """As at a hypervisor that hangs: each gives up in the end."""
+    while True:
+        nursery.start_soon(begin, rush, 10)
+        await trio.sleep(QUIET_S / 2)
 
 
 async def _step_for(rush: Rush, seconds: float) -> None:

@@ -1,5 +1,7 @@
 """Room is promised on every filesystem that a capture takes from, or on none."""
 
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -158,10 +160,35 @@ async def test_a_look_that_fails_or_is_given_up_is_nobody_elses(disks: FakeRoom,
     async with trio.open_nursery() as nursery:
         with trio.move_on_after(0.5):
             nursery.start_soon(reserve)
-            await trio.lowlevel.checkpoint()
             nursery.start_soon(reserve)
-            async with space.reserve((Room(ONE, 1),), 0):
+            async with space.reserve((Room(ONE, 1),), 0):  # looks before they begin
                 pytest.fail("it was given up before")
     assert failed == ["gone"]
     assert tries == 3
     assert promised(space) == {}
+
+
+async def test_a_filesystem_that_hangs_takes_no_thread_from_others_however_often_it_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on, statvfs = threading.Event(), os.statvfs
+    hung = tmp_path / "hung"
+    hung.mkdir()
+
+    def hanging(path: Path) -> os.statvfs_result:
+        if path == hung:
+            go_on.wait(30)
+        return statvfs(path)
+
+    monkeypatch.setattr(os, "statvfs", hanging)
+    try:
+        for _ in range(5):
+            with trio.move_on_after(0.02):
+                await measure(hung)
+        assert trio.to_thread.current_default_thread_limiter().borrowed_tokens == 0
+        with trio.fail_after(10):
+            assert (await measure(tmp_path)).id == tmp_path.stat().st_dev
+            go_on.set()
+            assert (await measure(hung)).id == tmp_path.stat().st_dev
+    finally:
+        go_on.set()

@@ -14,7 +14,7 @@ from attrs import define, field
 from structlog.typing import EventDict
 
 from hypemand.core.model import InstanceId
-from hypemand.surface.systemd import BEAT_S, LONGEST_START_S, Notifier, Service, take_notifier
+from hypemand.surface.systemd import BEAT_S, LONGEST_END_S, LONGEST_START_S, Notifier, Service, take_notifier
 from tests.processes import ALONE, PATIENCE_S, RUN_NOW, Lab, running_daemon, wait_until
 from tests.talking import ask
 from tests.virtual_time import VirtualClock
@@ -178,6 +178,43 @@ async def test_no_reload_makes_it_ready_while_it_starts_or_stops(heard: Heard, v
     assert heard.times("READY=1") == [0]
     assert heard.times("STOPPING=1") == [0]
     assert heard.times("EXTEND_TIMEOUT_USEC=") == [0, BEAT_S, 2 * BEAT_S]
+
+
+async def test_a_start_that_is_over_once_a_stop_has_begun_is_not_told_as_ready(
+    heard: Heard, virtual_clock: VirtualClock
+) -> None:
+    service = Service(heard)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(service.stopping, 30.0)
+        await trio.sleep(1)
+        await service.ready()
+        async with service.reloading():
+            pass
+        nursery.cancel_scope.cancel()
+    assert heard.times("STOPPING=1") == [0]
+    assert heard.times("READY=1") + heard.times("RELOADING=1") == []
+
+
+async def test_a_stop_that_hangs_is_left_to_the_manager_some_time_after_its_grace(
+    heard: Heard, virtual_clock: VirtualClock
+) -> None:
+    await Service(heard).stopping(30.0)
+    assert max(heard.times("EXTEND_TIMEOUT_USEC=")) == pytest.approx(30 + LONGEST_END_S, abs=BEAT_S)
+
+
+async def test_a_bug_in_the_status_line_does_not_pass_for_a_scheduler_that_is_stuck(
+    tmp_path: Path, heard: Heard, virtual_clock: VirtualClock, heard_log: list[EventDict]
+) -> None:
+    def status() -> str:
+        raise ZeroDivisionError("oops")
+
+    async with world(tmp_path) as w, trio.open_nursery() as nursery:
+        await w.engine.scheduler.serving.wait()
+        nursery.start_soon(Service(heard).running, w.engine.scheduler, status)
+        await trio.sleep(60)
+        nursery.cancel_scope.cancel()
+    assert len(heard.times("WATCHDOG=1")) == pytest.approx(60 / 5, abs=2)
+    assert {line["part"] for line in heard_log if "begun anew" in line["event"]} == {"status line"}
 
 
 async def test_the_watchdog_hears_of_the_scheduler_and_of_nothing_else(

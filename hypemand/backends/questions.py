@@ -6,6 +6,7 @@ itself; so what is asked while the threads are busy is done in one go.
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 import trio
@@ -32,7 +33,7 @@ class _Question:
 
 @define(eq=False)
 class Questions:
-    """Answers questions in threads of its own. Whoever asks may give up waiting; the work is done nevertheless.
+    """Answers questions in threads of its own. Whoever asks may give up waiting; work that has begun is done then.
 
     Attributes:
         threads: So many work at once.
@@ -40,19 +41,22 @@ class Questions:
 
     threads: int = 8
     _limiter: trio.CapacityLimiter | None = field(init=False, default=None)
-    _waiting: list[_Question] = field(init=False, factory=list)
+    _waiting: dict[_Question, None] = field(init=False, factory=dict)
     _busy: int = field(init=False, default=0)
 
     async def ask(self, work: Callable[..., T], *args: Any) -> T:
         """What *work* returns or raises. It changes nothing, and has to be quick."""
         self._limiter = self._limiter or trio.CapacityLimiter(self.threads)
         question = _Question(partial(work, *args))
-        self._waiting.append(question)
+        self._waiting[question] = None
         if self._busy < self.threads:
             self._busy += 1
             # Nobody's own task: who asked first may be cancelled, and the others still want to know.
             trio.lowlevel.spawn_system_task(self._answer)
-        await question.answered.wait()
+        try:
+            await question.answered.wait()
+        finally:  # while all threads hang nobody takes it, and there may come any number
+            self._waiting.pop(question, None)
         if question.error is not None:
             raise question.error
         answer: T = question.answer
@@ -61,7 +65,9 @@ class Questions:
     async def _answer(self) -> None:
         try:
             while self._waiting:
-                mine, self._waiting = self._waiting[:AT_ONCE], self._waiting[AT_ONCE:]
+                mine = list(islice(self._waiting, AT_ONCE))
+                for question in mine:
+                    del self._waiting[question]
                 try:
                     await trio.to_thread.run_sync(_do_all, mine, abandon_on_cancel=True, limiter=self._limiter)
                 except RuntimeError as error:  # there are no more threads to be had

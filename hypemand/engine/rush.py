@@ -10,6 +10,8 @@ MANY = 8
 """Fewer that begin at one moment are no rush."""
 QUIET_S = 0.2
 """Once none of them has come forward for so long nobody waits for them: they may wait for hypervisors that hang."""
+LONGEST_S = 5.0
+"""Nobody waits longer: where hypervisors hang, there may always be others that come forward, or give up."""
 
 
 @define(eq=False)
@@ -45,8 +47,8 @@ class Rush:
             return
         over = self._over = trio.Event()
         try:
-            before = -1
-            while before != self._steps and not over.is_set():
+            before, until = -1, trio.current_time() + LONGEST_S
+            while before != self._steps and not over.is_set() and trio.current_time() < until:
                 before = self._steps
                 with trio.move_on_after(QUIET_S):
                     await over.wait()

@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 
 import trio
@@ -39,7 +40,13 @@ async def measure(path: Path) -> Filesystem:
         usage = os.statvfs(path)
         return Filesystem(path.stat().st_dev, usage.f_bavail * usage.f_frsize)
 
-    return await trio.to_thread.run_sync(ask, abandon_on_cancel=True)
+    return await trio.to_thread.run_sync(ask, abandon_on_cancel=True, limiter=_limiter_of(path))
+
+
+@cache
+def _limiter_of(path: Path) -> trio.CapacityLimiter:  # noqa: ARG001 - the cache goes by it
+    """One thread for each path: those that are left behind where a filesystem hangs would use up everybody's."""
+    return trio.CapacityLimiter(1)
 
 
 @define(eq=False)

@@ -4,10 +4,10 @@ One datagram an entry, of lines ``FIELD=value``; a value with line breaks has
 its length before it. See systemd's "Native Journal Protocol".
 """
 
+import json
 import os
 import re
 import socket
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,9 +41,9 @@ def entry(event: Mapping[str, Any], message: str) -> str:
     """
     facts = dict(event)
     level, text = str(facts.pop("level", "info")), str(facts.pop("event", ""))
-    trace = facts.pop("exception", None)
+    facts.pop("exception", None)  # is in the message
     fields = {
-        "MESSAGE": f"{message}\n{trace}" if trace else message,
+        "MESSAGE": message,
         "PRIORITY": str(_PRIORITIES.get(level, 6)),
         "SYSLOG_IDENTIFIER": "hypemand",
         f"{PREFIX}EVENT": text,
@@ -54,25 +54,41 @@ def entry(event: Mapping[str, Any], message: str) -> str:
 
 
 def message(event: Mapping[str, Any]) -> str:
-    """The text of *event*, and its facts as ``key=value``, quoted where they would run into each other."""
+    """The text of *event*, its facts as ``key=value``, quoted where they would run into each other, and its trace."""
     facts = {key: value for key, value in event.items() if key not in ("event", "level", "exception")}
-    return " ".join([str(event.get("event", "")), *(f"{key}={_shown(value)}" for key, value in facts.items())])
+    line = " ".join([str(event.get("event", "")), *(f"{key}={_shown(value)}" for key, value in facts.items())])
+    return "\n".join([line, str(event["exception"])] if event.get("exception") else [line])
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) else orjson.dumps(value, default=str).decode()
+    return value if isinstance(value, str) else _dumps(value)
 
 
 def _shown(value: Any) -> str:
     text = _text(value)
-    return text if text and not re.search(r"[\s=\"]", text) else orjson.dumps(text, default=str).decode()
+    return text if text and not re.search(r"[\s=\"]", text) else _dumps(text)
+
+
+def _dumps(value: Any) -> str:
+    try:
+        return orjson.dumps(value, default=str).decode()
+    except TypeError:  # texts that are not UTF-8, numbers of more than 64 bits, keys that are no texts
+        return json.dumps(value, default=str, skipkeys=True)
 
 
 def _field(name: str, value: str) -> bytes:
-    data = value.encode(errors="backslashreplace")[:_MOST_BYTES]
+    data = value.encode(errors="backslashreplace")
+    if len(data) > _MOST_BYTES:
+        data = data[:_MOST_BYTES].decode(errors="ignore").encode()  # no half letter: it would be shown as binary
     if b"\n" in data:
         return name.encode() + b"\n" + len(data).to_bytes(8, "little") + data + b"\n"
     return name.encode() + b"=" + data + b"\n"
+
+
+def _message_of(data: bytes) -> bytes:
+    """The message of an entry, which is its first field."""
+    line, _, rest = data.partition(b"\n")
+    return line.removeprefix(b"MESSAGE=") if b"=" in line else rest[8 : 8 + int.from_bytes(rest[:8], "little")]
 
 
 class Journal:
@@ -89,8 +105,10 @@ class Journal:
                 sender.settimeout(_SEND_S)
                 sender.sendto(data, str(self._path))
         except OSError:
-            message = data.removeprefix(b"MESSAGE=").partition(b"\n")[0]
-            sys.stderr.write(message.decode(errors="backslashreplace") + "\n")
+            # Without Python's buffer in front of it, whose lock a reader that stalls would hold at the process's end.
+            rest = _message_of(data) + b"\n"
+            while rest:
+                rest = rest[os.write(2, rest) :]
 
     def flush(self) -> None:
         """There is nothing kept back."""

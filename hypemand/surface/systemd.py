@@ -13,12 +13,15 @@ import trio
 from attrs import define, field, frozen
 
 from hypemand.engine.scheduler import Scheduler
+from hypemand.surface.lasting import keep_up
 
 EXTEND_S = 30.0
 """How much longer a start or a stop may take, told anew every `BEAT_S`."""
 BEAT_S = 5.0
 LONGEST_START_S = 900.0
 """After so long without an end a start is left to the service manager's own time limit."""
+LONGEST_END_S = 900.0
+"""The same for a stop whose grace is over: on a disk that hangs it has no end, and nor would the machine's."""
 STATUS_S = 1.0
 """From one status to the next, at least."""
 _SEND_S = 5.0
@@ -64,7 +67,7 @@ def take_notifier(environ: MutableMapping[str, str]) -> Notifier:
 class Service:
     """Tells the service manager how the daemon is, phase by phase: `starting`, `running`, `stopping`.
 
-    Each of these goes on until it is cancelled; the first also until `ready`.
+    Each of these goes on until it is cancelled, or nobody would wait any longer; the first also until `ready`.
     """
 
     notifier: Notifier = Notifier()
@@ -82,17 +85,19 @@ class Service:
                 await trio.sleep(BEAT_S)
 
     async def ready(self) -> None:
-        """Schedules are kept from now on, and clients answered."""
+        """Schedules are kept from now on, and clients answered. Where it stops already, that is not told any more."""
         self._starting.cancel()
         self._is_ready = True
-        await self.notifier.tell("READY=1")
+        if self._may_say_ready:
+            await self.notifier.tell("READY=1")
 
     async def running(self, scheduler: Scheduler, status: Callable[[], str]) -> None:
         """Keep the watchdog from barking as long as *scheduler* goes its rounds, and tell *status* when it changes."""
         if self.notifier.address is None:
             return
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._tell_status, scheduler, status)
+            # A bug in what is only looked at must not pass for a scheduler that is stuck.
+            nursery.start_soon(keep_up, "status line", lambda: self._tell_status(scheduler, status))
             if self.notifier.watchdog_s is not None:
                 nursery.start_soon(self._show_life, scheduler, self.notifier.watchdog_s / 3)
 
@@ -116,17 +121,17 @@ class Service:
     async def reloading(self) -> AsyncIterator[None]:
         """Within the block the daemon takes in files anew."""
         self._reloads += 1
-        if self._reloads == 1 and self._may_reload:
+        if self._reloads == 1 and self._may_say_ready:
             await self.notifier.tell("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
         try:
             yield
         finally:
             self._reloads -= 1
-            if self._reloads == 0 and self._may_reload:
+            if self._reloads == 0 and self._may_say_ready:
                 await self.notifier.tell("READY=1")
 
     @property
-    def _may_reload(self) -> bool:
+    def _may_say_ready(self) -> bool:
         """Before it is ready and once it stops, a ``READY=1`` would say what is not so."""
         return self._is_ready and not self._is_stopping
 
@@ -135,7 +140,8 @@ class Service:
         self._is_stopping = True
         self._starting.cancel()
         await self.notifier.tell("STOPPING=1", f"STATUS=Stopping: what is under way gets {grace_s:.0f} s to finish")
-        while True:
+        until = trio.current_time() + grace_s + LONGEST_END_S
+        while trio.current_time() < until:
             await self.notifier.tell(_extend())
             await trio.sleep(BEAT_S)
 

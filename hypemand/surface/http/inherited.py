@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
-from attrs import define, field
+from attrs import define, evolve, field
 
 from hypemand.surface.http.sockets import ControlSocket, adopt_control_socket
 
@@ -18,28 +18,48 @@ _log = structlog.get_logger()
 
 @define(eq=False)
 class Inherited:
-    """What was handed over, until the API takes it."""
+    """What was handed over. The API gets copies: should it fail and begin anew, nobody else could listen there.
+
+    Attributes:
+        sockets: Those that nobody took yet.
+    """
 
     sockets: list[socket.socket] = field(factory=list)
+    _control: ControlSocket | None = field(init=False, default=None)
+    _tcp: list[socket.socket] = field(init=False, factory=list)
 
     def take_control_socket(self, path: Path) -> ControlSocket | None:
-        """The one that listens at *path*, if there is one. Blocking."""
+        """The one that listens at *path*, if there is one whose file is still there. Blocking."""
         for made in [*self.sockets]:
             name = made.getsockname() if made.family == socket.AF_UNIX else None
             if isinstance(name, str) and name and os.path.realpath(name) == os.path.realpath(path):
                 self.sockets.remove(made)
                 try:
-                    return adopt_control_socket(path, made)
+                    self._control = adopt_control_socket(path, made)
                 except OSError:  # its file is gone: nobody finds it any more
                     made.close()
+        control = self._control
+        if control is not None and control.is_there():
+            return evolve(control, socket=control.socket.dup())
+        if control is not None:
+            self._control = None
+            control.close()
         return None
 
     def take_tcp(self, addresses: Iterable[tuple[Any, ...]]) -> list[socket.socket]:
-        """Those that listen at one of *addresses*."""
+        """Those that listen at one of *addresses*, which are the same each time."""
         wanted = {address[:2] for address in addresses}
-        taken = [made for made in self.sockets if made.family != socket.AF_UNIX and made.getsockname()[:2] in wanted]
-        self.sockets = [made for made in self.sockets if made not in taken]
-        return taken
+        fit = [made for made in self.sockets if made.family != socket.AF_UNIX and made.getsockname()[:2] in wanted]
+        self.sockets = [made for made in self.sockets if made not in fit]
+        self._tcp += fit
+        return [made.dup() for made in self._tcp]
+
+    def close(self) -> None:
+        """Let go of all. The service manager goes on to listen."""
+        if self._control is not None:
+            self._control.close()
+        for made in (*self.sockets, *self._tcp):
+            made.close()
 
     def refuse_rest(self) -> None:
         """Close what nobody took: nobody answers there, and a client had better hear so from the log than wait."""
@@ -60,8 +80,8 @@ def take_inherited(environ: MutableMapping[str, str]) -> Inherited:
     if pid != str(os.getpid()) or not count.isdecimal():
         return inherited
     for descriptor in range(_FIRST, _FIRST + int(count)):
-        os.set_inheritable(descriptor, False)
         try:
+            os.set_inheritable(descriptor, False)
             made = socket.socket(fileno=descriptor)
             listens = made.type == socket.SOCK_STREAM and made.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
         except OSError as error:
