@@ -82,6 +82,14 @@ def test_the_page_installs_each_file_for_systemd(installed: Path) -> None:
         assert (installed / "base/usr/local/lib" / place).read_text() == (UNITS / name).read_text()
 
 
+def test_directories_are_made_anew_and_a_config_that_was_closed_more_stays_so(service: Service) -> None:
+    box = service.box
+    box.sh("chmod 750 /etc/hypemand; rm -rf /run/hypemand; systemd-tmpfiles --create hypemand.conf")
+    assert box.sh("stat -c '%a %U' /etc/hypemand /run/hypemand").splitlines() == ["750 root", "755 hypemand"]
+    box.sh("rmdir /etc/hypemand; systemd-tmpfiles --create hypemand.conf")
+    assert box.sh("stat -c '%a %U' /etc/hypemand").strip() == "755 root"
+
+
 def test_what_the_sandbox_must_leave_it_leaves_and_what_it_should_take_it_takes(service: Service) -> None:
     script = service.box.out / "probe.py"
     script.write_text((Path(__file__).parent / "systemd_box" / "probe.py").read_text())
