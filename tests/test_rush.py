@@ -7,7 +7,7 @@ import pytest
 import trio
 
 from hypemand.backends.base import Preparation
-from hypemand.core.model import InstanceId, SnapshotKind
+from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from hypemand.engine.changes import SetSchedule
 from hypemand.engine.requests import Requests
 from hypemand.engine.rush import LONGEST_S, MANY, QUIET_S, Rush
@@ -167,3 +167,23 @@ async def test_a_client_that_changes_schedules_waits_for_the_runs_that_begin(
         made = await Requests(w.engine).put(InstanceId("new"), SetSchedule(interval=HOUR), "somebody")
         assert made.instance_id == "new"
         assert 0.5 < trio.current_time() - began < 1
+
+
+async def test_a_guest_that_is_started_while_its_run_waits_for_others_is_not_copied(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
+    clock = FakeClock()
+    fake = Slow(clock)
+    entries = [entry(f"vm-{number}", HOUR, first_run="now") for number in range(40)]
+    fake.add(*(e.instance for e in entries))
+    fake.machines[InstanceId("vm-0")].state = InstanceState.STOPPED
+    fake.machines[InstanceId("vm-1")].state = InstanceState.STOPPED
+    async with world(tmp_path, *entries, backends=[fake], clock=clock, concurrency=40, fake_concurrency=40) as w:
+        await trio.sleep(0.2)
+        fake.machines[InstanceId("vm-0")].state = InstanceState.RUNNING
+        await trio.sleep(30)
+        (started,) = w.history("vm-0")
+        assert started.outcome == "failed"
+        assert started.error == "instance is Running now, it was Stopped when its run began"
+        assert ("capture", "vm-0") not in {(call, instance) for _, call, instance in fake.calls}
+        assert w.outcomes("vm-1") == ["succeeded"]

@@ -1,5 +1,6 @@
 """What a service manager hears of the daemon: that it is ready, alive, reloading, stopping, and how it is."""
 
+import math
 import os
 import signal
 import socket
@@ -120,10 +121,15 @@ class Heard(Notifier):
     """A manager in memory: what it heard, and when."""
 
     lines: list[tuple[float, str]] = field(factory=list)
+    busy: list[float] = field(factory=list)
+    """Until when it takes nothing."""
 
-    async def tell(self, *lines: str) -> None:
+    async def tell(self, *lines: str) -> bool:
         await trio.lowlevel.checkpoint()
+        if trio.current_time() < max(self.busy, default=0.0):
+            return False
         self.lines.extend((trio.current_time(), line) for line in lines)
+        return True
 
     def times(self, line: str) -> list[float]:
         return [at for at, told in self.lines if told.startswith(line)]
@@ -147,6 +153,28 @@ async def test_a_long_start_is_waited_for_until_it_is_over_or_nobody_would_wait_
     assert heard.times("READY=1") == [100]
     await Service(heard).starting()
     assert trio.current_time() == pytest.approx(200 + LONGEST_START_S)
+
+
+async def test_a_manager_that_is_busy_is_told_later_that_all_is_ready_and_one_that_is_gone_is_not_for_ever(
+    heard: Heard, virtual_clock: VirtualClock
+) -> None:
+    heard.busy.append(7)
+    await Service(heard).ready()
+    assert heard.times("READY=1") == [10]
+    heard.busy.append(math.inf)
+    await Service(heard).ready()
+    assert heard.times("READY=1") == [10]
+
+
+async def test_a_reload_during_the_start_puts_off_the_end_of_the_start(
+    heard: Heard, virtual_clock: VirtualClock
+) -> None:
+    service = Service(heard)
+    async with service.reloading():
+        await service.ready()
+        assert heard.lines == []
+        await trio.sleep(3)
+    assert heard.lines == [(3, "READY=1")]
 
 
 async def test_a_reload_is_told_once_however_many_are_asked_for_at_a_time(

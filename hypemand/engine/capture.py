@@ -73,7 +73,8 @@ class Attempt:
         async with means.slots.take(self.backend.name) as slot, AsyncExitStack() as room:
             with means.rush.begins():
                 started = await self._begin(room)
-            await means.rush.wait()
+            if await means.rush.wait() and not Steps(started.kind, started.freezes).pauses:
+                await self._check_unchanged(started)
             budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
             captured = await self._capture(started, budget, slot)
             await room.aclose()
@@ -108,6 +109,12 @@ class Attempt:
                 f"instance is {status.state}: backend {self.backend.name!r} makes no {steps.kind} snapshots"
             )
         return _Found(schedule, status.state, steps)
+
+    async def _check_unchanged(self, started: RunStarted) -> None:
+        """After a wait; where hypemand pauses the guest itself, it looks right before that anyway."""
+        status = await self._ask("state", lambda: self.backend.state(self.instance))
+        if status.state is not started.state_before:
+            raise CaptureFailed(f"instance is {status.state} now, it was {started.state_before} when its run began")
 
     async def _ask(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
         return await answer(what, self.means.patience.answer_s, ask)
@@ -169,7 +176,6 @@ class Attempt:
         )
         await means.runlog.append(started)
         progress.started = started
-        progress.tell(Step.BEGUN, snapshot_name=started.snapshot_name, kind=str(started.kind))
         current = means.store.schedules.get(self.instance)
         if current is not None and own_slot:
             means.store.remember(advanced(current, started))
@@ -182,6 +188,7 @@ class Attempt:
             run_id=started.run_id,
             snapshot_name=started.snapshot_name,
         )
+        self.progress.tell(Step.BEGUN, snapshot_name=started.snapshot_name, kind=str(started.kind))
         request = CaptureRequest(
             run_id=started.run_id,
             name=started.snapshot_name,

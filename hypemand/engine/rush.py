@@ -38,13 +38,17 @@ class Rush:
         """One of those that begin has come forward."""
         self._steps += 1
 
-    async def wait(self) -> None:
-        """Let those that begin go first, where they are many, and as long as they come forward."""
+    async def wait(self) -> bool:
+        """Let those that begin go first, where they are many, and as long as they come forward.
+
+        Returns:
+            Whether that took any time.
+        """
         if self._beginning < MANY:
-            return
+            return False
         if self._over is not None:
             await self._over.wait()
-            return
+            return True
         over = self._over = trio.Event()
         try:
             before, until = -1, trio.current_time() + LONGEST_S
@@ -55,3 +59,4 @@ class Rush:
         finally:
             self._over = None
             over.set()
+        return True

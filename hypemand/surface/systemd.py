@@ -24,6 +24,7 @@ LONGEST_END_S = 900.0
 """The same for a stop whose grace is over: on a disk that hangs it has no end, and nor would the machine's."""
 STATUS_S = 1.0
 """From one status to the next, at least."""
+READY_TRIES = 10
 _SEND_S = 5.0
 _log = structlog.get_logger()
 
@@ -40,16 +41,22 @@ class Notifier:
     address: str | None = None
     watchdog_s: float | None = None
 
-    async def tell(self, *lines: str) -> None:
-        """Send *lines*, such as ``READY=1``. What can't be sent is logged, and hypemand goes on."""
+    async def tell(self, *lines: str) -> bool:
+        """Send *lines*, such as ``READY=1``. What can't be sent is logged, and hypemand goes on.
+
+        Returns:
+            False where somebody is to be told, and was not.
+        """
         if self.address is None:
-            return
+            return True
         address = "\0" + self.address[1:] if self.address.startswith("@") else self.address
         try:
             with trio.socket.socket(trio.socket.AF_UNIX, trio.socket.SOCK_DGRAM) as sender, trio.fail_after(_SEND_S):
                 await sender.sendto("\n".join(lines).encode(), address)
         except (OSError, trio.TooSlowError) as error:
             _log.warning("the service manager does not hear", told=lines[0], error=str(error) or "it takes no message")
+            return False
+        return True
 
 
 def take_notifier(environ: MutableMapping[str, str]) -> Notifier:
@@ -88,8 +95,14 @@ class Service:
         """Schedules are kept from now on, and clients answered. Where it stops already, that is not told any more."""
         self._starting.cancel()
         self._is_ready = True
-        if self._may_say_ready:
-            await self.notifier.tell("READY=1")
+        await self._say_ready()
+
+    async def _say_ready(self) -> None:
+        """Also a second time: who waits for it would end hypemand for want of that one message."""
+        for _ in range(READY_TRIES):
+            if not self._may_say_ready or self._reloads or await self.notifier.tell("READY=1"):
+                return
+            await trio.sleep(BEAT_S)
 
     async def running(self, scheduler: Scheduler, status: Callable[[], str]) -> None:
         """Keep the watchdog from barking as long as *scheduler* goes its rounds, and tell *status* when it changes."""
@@ -127,8 +140,7 @@ class Service:
             yield
         finally:
             self._reloads -= 1
-            if self._reloads == 0 and self._may_say_ready:
-                await self.notifier.tell("READY=1")
+            await self._say_ready()
 
     @property
     def _may_say_ready(self) -> bool:

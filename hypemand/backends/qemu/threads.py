@@ -7,6 +7,8 @@ from typing import Any, TypeVar
 import trio
 
 from hypemand.backends.base import BackendUnavailable
+from hypemand.backends.catalog import Catalog
+from hypemand.backends.qemu.settings import QemuSettings
 
 T = TypeVar("T")
 
@@ -18,7 +20,9 @@ async def in_thread(function: Callable[..., T], *args: Any) -> T:
         BackendUnavailable: In place of an `OSError`.
     """
     try:
-        return await trio.to_thread.run_sync(function, *args, abandon_on_cancel=True, limiter=_threads())
+        return await trio.to_thread.run_sync(
+            function, *args, abandon_on_cancel=True, limiter=_threads(_place(function))
+        )
     except OSError as error:
         raise BackendUnavailable(f"{error.filename or 'the catalog'} can't be used: {error.strerror}") from error
 
@@ -29,7 +33,13 @@ def limiter_of(file: str) -> trio.CapacityLimiter:  # noqa: ARG001 - the cache g
     return trio.CapacityLimiter(4)
 
 
+def _place(function: Callable[..., Any]) -> str:
+    """Whose files *function* works on, as far as that shows."""
+    owner = getattr(function, "__self__", None)
+    return repr(owner) if isinstance(owner, (Catalog, QemuSettings)) else ""
+
+
 @cache
-def _threads() -> trio.CapacityLimiter:
-    """Threads of their own for catalogs: those that hang there leave the others to other work."""
+def _threads(place: str) -> trio.CapacityLimiter:  # noqa: ARG001 - the cache goes by it
+    """Threads of their own for each catalog: those that hang there leave the others to other work, and to others."""
     return trio.CapacityLimiter(40)
