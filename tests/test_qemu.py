@@ -319,6 +319,8 @@ async def test_a_state_that_hypemand_has_no_word_for_is_told_in_qemus(tmp_path: 
             await monitor.execute("migrate", uri="exec:cat >/dev/null")
             with trio.fail_after(30):
                 await monitor.wait_event("MIGRATION", status="completed")
+                while (await monitor.execute("query-status"))["status"] == "finish-migrate":
+                    await trio.sleep(0.01)
         assert await backend.state(WEB) == Status(InstanceState.UNKNOWN, "postmigrate")
 
 

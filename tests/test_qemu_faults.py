@@ -148,7 +148,7 @@ async def test_a_qemu_that_is_frozen_when_its_run_begins(tmp_path: Path, sockets
         await site.assert_others_are_on_time()
         failed = await site.daemon.wait_for("run failed", since=mark, instance_id="web-1")
         # A question of the daemon's start may be the one that gets no answer, and holds the monitor.
-        assert re.search("no greeting|QEMU does not answer", failed["error"])
+        assert re.search("no greeting|QEMU does not answer|did not answer within", failed["error"])
         guest.process.send_signal(signal.SIGCONT)
         await site.assert_next_slot_works(guest)
 
@@ -196,8 +196,9 @@ async def test_a_guest_that_reboots_in_mid_run(tmp_path: Path, sockets: Path, mo
 
 
 @both_modes
-async def test_twenty_guests_at_once_with_two_slots(tmp_path: Path, sockets: Path, mode: str) -> None:
-    names = [f"web-{number}" for number in range(20)]
+async def test_many_guests_at_once_with_two_slots(tmp_path: Path, sockets: Path, mode: str) -> None:
+    # In the background a capture goes on for long after its freeze: fewer do to keep both slots full.
+    names = [f"web-{number}" for number in range(20 if mode == "internal" else 8)]
     guests: list[Guest] = []
 
     async with AsyncExitStack() as stack:

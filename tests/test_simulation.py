@@ -56,16 +56,16 @@ def test_fifty_thousand_runs_with_every_fault_at_every_step_break_no_promise(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
     odd, even, drawn = (tmp_path / name for name in ("odd.json", "even.json", "drawn.json"))
-    runs = str(FIXED_RUNS)
-    with (
-        simulation("--seed", "1", "--step", "2", "--runs", runs, "--json", str(odd)) as first,
-        simulation("--seed", "2", "--step", "2", "--runs", runs, "--json", str(even)) as second,
+    said, codes = [], []
+    # One after the other: beside it run others, some of which look whether a guest is thawed in time.
+    for arguments in (
+        ("--seed", "1", "--step", "2", "--runs", str(FIXED_RUNS), "--json", str(odd)),
+        ("--seed", "2", "--step", "2", "--runs", str(FIXED_RUNS), "--json", str(even)),
+        ("--random", "--worlds", str(RANDOM_WORLDS), "--json", str(drawn)),
     ):
-        said = [said_by(first), said_by(second)]
-        codes = [first.returncode, second.returncode]
-    with simulation("--random", "--worlds", str(RANDOM_WORLDS), "--json", str(drawn)) as third:
-        said.append(said_by(third))
-        codes.append(third.returncode)
+        with simulation(*arguments) as process:
+            said.append(said_by(process))
+            codes.append(process.returncode)
     record_property(TOLD, "".join(said))
     assert codes == [0, 0, 0], "\n".join(said)
     parts = [figures_in(path) for path in (odd, even, drawn)]
