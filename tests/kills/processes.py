@@ -72,13 +72,13 @@ async def victim(config: Path, trigger: Trigger, log: Path, command: str = "run"
 
 
 async def slow_machine_s() -> float:
-    """What may take long where others use the processors: as long as it takes now to start hypemand eight times.
+    """What may take long where others use the processors: as long as it takes now to start hypemand five times.
 
     On a machine of our own that is less than any limit that it is compared with.
     """
     began = monotonic()
     await trio.run_process([sys.executable, "-c", "import hypemand.daemon"], cwd=ROOT)
-    return 8 * (monotonic() - began)
+    return 5 * (monotonic() - began)
 
 
 def state_of(pid: int) -> str:
