@@ -237,8 +237,8 @@ async def test_many_guests_at_once_with_two_slots(tmp_path: Path, sockets: Path,
 def most_at_once(site: Site, names: list[str]) -> int:
     """How many captures were under way at the same time, by the history."""
     changes = []
-    for name in names:
-        (run,) = site.lab.history(name)
+    # A busy machine may come to a guest's next slot, too.
+    for run in (run for name in names for run in site.lab.history(name) if run["capture_s"] is not None):
         began = datetime.fromisoformat(run["started_at"])
         changes += [(began, 1), (began + timedelta(seconds=run["capture_s"]), -1)]
     now = most = 0
