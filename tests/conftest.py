@@ -28,7 +28,7 @@ LONG = (
     "test_fifty_thousand_runs",
     "test_two_minutes_of_idling",
     "test_a_monitor_that_another_client_holds",
-    "test_many_guests_at_once",
+    "test_twenty_guests_at_once",
     "test_a_week_of_a_hundred_schedules",
     "test_a_guest_whose_hypervisor_hangs_is_thawed_even_after",
     "test_a_qemu_that_is_frozen",

@@ -90,12 +90,13 @@ async def test_a_connection_that_is_cut_in_mid_save(tmp_path: Path, sockets: Pat
                 wire.cut()
                 await site.assert_others_are_on_time()
                 await let_finish(guest, mode)
-            # In the background nobody is connected most of the time, and QEMU goes on by itself in any mode:
-            # the snapshot is whole, also where the run is failed for want of an answer.
+            # In the background nobody is connected most of the time, and QEMU goes on by itself in any mode.
             await site.settled()
             (run,) = site.lab.history()
             assert run["snapshot_id"] is not None
-            assert run["outcome"] in {"internal": ("failed",), "background": ("succeeded", "failed")}[mode]
+            was_cut = "was cut" in (run["error"] or "")
+            assert was_cut or mode == "background"
+            assert run["outcome"] == ("failed" if was_cut else "succeeded")
             assert mark < site.daemon.mark()
             await site.assert_next_slot_works(guest)
             assert guest.serial().count("BOOT") == 1
@@ -197,9 +198,8 @@ async def test_a_guest_that_reboots_in_mid_run(tmp_path: Path, sockets: Path, mo
 
 
 @both_modes
-async def test_many_guests_at_once_with_two_slots(tmp_path: Path, sockets: Path, mode: str) -> None:
-    # In the background a capture goes on for long after its freeze: fewer do to keep both slots full.
-    names = [f"web-{number}" for number in range(20 if mode == "internal" else 8)]
+async def test_twenty_guests_at_once_with_two_slots(tmp_path: Path, sockets: Path, mode: str) -> None:
+    names = [f"web-{number}" for number in range(20)]
     guests: list[Guest] = []
 
     async with AsyncExitStack() as stack:

@@ -7,6 +7,7 @@ import pytest
 import trio
 
 from hypemand.backends.base import Preparation
+from hypemand.config import ScheduleEntry
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from hypemand.engine.changes import SetSchedule
 from hypemand.engine.requests import Requests
@@ -119,12 +120,19 @@ class Slow(FakeBackend):
         return await super().prepare(instance, kind)
 
 
+def crowd(number: int) -> tuple[FakeClock, Slow, list[ScheduleEntry]]:
+    """So many guests that are due at once, and take their time to be asked."""
+    clock = FakeClock()
+    fake = Slow(clock)
+    entries = [entry(f"vm-{each}", HOUR, first_run="now") for each in range(number)]
+    fake.add(*(e.instance for e in entries))
+    return clock, fake, entries
+
+
 async def test_every_run_that_is_due_at_one_moment_is_claimed_before_the_first_guest_stands_still(
     tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
-    clock = FakeClock()
-    fake = Slow(clock)
-    entries = [entry(f"vm-{number}", HOUR, first_run="now") for number in range(40)]
+    clock, fake, entries = crowd(40)
     async with world(tmp_path, *entries, backends=[fake], clock=clock, concurrency=40, fake_concurrency=40) as w:
         await trio.sleep(30)
         assert w.outcomes() == ["succeeded"] * 40
@@ -157,10 +165,8 @@ async def test_hypervisors_that_hang_hold_up_no_claim_and_no_guest_of_others_for
 async def test_a_client_that_changes_schedules_waits_for_the_runs_that_begin(
     tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
-    clock = FakeClock()
-    fake = Slow(clock)
-    entries = [entry(f"vm-{number}", HOUR, first_run="now") for number in range(100)]
-    fake.add("new", *(e.instance for e in entries))
+    clock, fake, entries = crowd(100)
+    fake.add("new")
     async with world(tmp_path, *entries, backends=[fake], clock=clock, concurrency=100, fake_concurrency=100) as w:
         await trio.sleep(0.1)
         began = trio.current_time()
@@ -172,10 +178,7 @@ async def test_a_client_that_changes_schedules_waits_for_the_runs_that_begin(
 async def test_a_guest_that_is_started_while_its_run_waits_for_others_is_not_copied(
     tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:
-    clock = FakeClock()
-    fake = Slow(clock)
-    entries = [entry(f"vm-{number}", HOUR, first_run="now") for number in range(40)]
-    fake.add(*(e.instance for e in entries))
+    clock, fake, entries = crowd(40)
     fake.machines[InstanceId("vm-0")].state = InstanceState.STOPPED
     fake.machines[InstanceId("vm-1")].state = InstanceState.STOPPED
     async with world(tmp_path, *entries, backends=[fake], clock=clock, concurrency=40, fake_concurrency=40) as w:

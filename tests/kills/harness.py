@@ -235,7 +235,8 @@ class _Aftermath:
         """The guard ends what hangs while it holds a guest frozen; what hangs elsewhere goes on when it can."""
         budget_s = MAX_FREEZE[self.kill.how]
         if self.kill.holds_lease and self.ground.engine_freezes:
-            if not await self.victim.gone(SETTLED_WITHIN_S):  # how late that was the guest tells
+            within_s = max(budget_s + THAWED_WITHIN_S, await slow_machine_s())
+            if not await self.victim.gone(within_s):
                 self.found.append(Finding(checks.FROZEN, "the guard did not kill a daemon that hangs over a freeze"))
             return await self._guarded(self.note.at, budget_s + THAWED_WITHIN_S)
         await trio.sleep(HANG_S)

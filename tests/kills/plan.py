@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from tests.kills.places import OF_RECOVERY, By, How, Kill, Phase, Relapse
 
-SAMPLE = 2
+SAMPLE = 3
 """Of the places around the freeze, besides every step."""
 SHORTEST_S, LONGEST_S = 0.0002, 0.2
 """Of the delays inside a step; its length is not known, so they are spread over orders of magnitude."""
@@ -48,7 +48,7 @@ def matrix(rng: random.Random, steps: Sequence[str], *, guard: bool = True) -> l
     kills = [a_kill(rng, step, by=by(number)) for number, step in enumerate(steps)]
     hurts = rng.sample(list(_where_it_hurts(steps)), SAMPLE)
     kills += [a_kill(rng, *place, by=by(n)) for n, place in enumerate(hurts)]
-    kills.append(a_kill(rng, *_before_the_freeze(steps, rng), by=by(0), operator=True))
+    kills += [a_kill(rng, *_before_the_freeze(steps, rng), by=by(n), operator=True) for n in range(2)]
     kills.append(a_kill(rng, rng.choice(("capture", "publish")), Phase.AFTER, relapse=True))
     kills.append(a_kill(rng, "capture", Phase.IN, how=How.STOPPED, by=By.RECOVER))
     if guard:
