@@ -9,7 +9,8 @@ from hypemand.backends.base import Surroundings
 from hypemand.core.errors import InvalidInput, Problem
 
 OTHER_BACKEND = """
-from hypemand.backends.embedded import EmbeddedBackend, Settings
+from hypemand.backends.embedded import EmbeddedBackend
+from hypemand.backends.embedded_settings import Settings
 
 
 class TYPE:

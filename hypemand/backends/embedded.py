@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import trio
-from attrs import Attribute, Factory, evolve, field, frozen
+from attrs import evolve, field, frozen
 
 from hypemand.backends.base import (
     BackendType,
@@ -39,7 +39,6 @@ from hypemand.backends.embedded_guests import (
     MEMORY,
     STATE_FILE,
     Guest,
-    InstanceSpec,
     make_instance,
     paused,
     read_state,
@@ -47,6 +46,7 @@ from hypemand.backends.embedded_guests import (
     size_of,
     write_state,
 )
+from hypemand.backends.embedded_settings import Settings
 from hypemand.backends.questions import Questions
 from hypemand.backends.registry import connection_of
 from hypemand.core.errors import RuleBroken
@@ -56,7 +56,6 @@ from hypemand.core.model import (
     RestoreAction,
     RestoreStep,
     RunStarted,
-    Size,
     Snapshot,
     SnapshotKind,
 )
@@ -69,24 +68,6 @@ DISCARD_TIME = 0.2
 """Seconds that a failed capture may spend on removing its partial snapshot, while the guest stands still."""
 
 _FILES = {SnapshotKind.STANDBY: (MEMORY, DISK), SnapshotKind.STOPPED: (DISK,)}
-
-
-def _check_rate(_: Any, attribute: "Attribute[int | None]", rate: int | None) -> None:
-    if rate == 0:
-        raise RuleBroken("must be more than zero; leave it out for no limit", subpath=attribute.name)
-
-
-@frozen
-class Settings:
-    """Config keys of the type ``embedded``.
-
-    Attributes:
-        copy_rate: Bytes per second, so that captures take time; None for as fast as it goes.
-    """
-
-    root: Path
-    instances: Mapping[InstanceId, InstanceSpec] = Factory(dict)
-    copy_rate: Size | None = field(default=None, validator=_check_rate)
 
 
 @frozen
