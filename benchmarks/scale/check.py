@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from attrs import frozen
+from attrs import evolve, frozen
 
 from benchmarks.scale.report import Report, ratio_text
 from benchmarks.scale.rows import Better, Row
@@ -20,6 +20,7 @@ class UnlikeError(Exception):
 class Verdict:
     """What the comparison says of one ratio."""
 
+    key: str
     text: str
     good: bool
 
@@ -60,12 +61,42 @@ def _verdicts(rows: Sequence[Row], kept: Mapping[str, Any], margin: float) -> It
         if row is not None and row.ratio is not None:
             yield _judged(row, row.ratio, entry["ratio"], margin)
         elif row is not None or entry["figure"] in figures:
-            yield Verdict(f"{key}: not measured{': ' + row.note if row is not None and row.note else ''}", good=False)
+            yield Verdict(key, f"not measured{': ' + row.note if row is not None and row.note else ''}", good=False)
+
+
+def doubtful(report: Report, kept: Mapping[str, Any], margin: float = MARGIN) -> list[str]:
+    """The figures with a ratio that looks like a regression, each once; they are worth a second look."""
+    bad = {verdict.key for verdict in compare(report, kept, margin) if not verdict.good}
+    return list(dict.fromkeys(kept["rows"][key]["figure"] for key in bad))
+
+
+def at_best(first: Report, again: Report) -> Report:
+    """*first* with the better one of both ratios in each row: noise passes, and a regression does not.
+
+    *again* is of some of its figures; what failed there the first time counts no more.
+    """
+    others = {row.key: row for row in again.rows}
+    failed = {row.figure for row in first.rows if row.failed} & {row.figure for row in again.rows}
+    rows = [_better(row, others.pop(row.key, None)) for row in first.rows if row.figure not in failed]
+    return evolve(first, rows=[*rows, *others.values()])
+
+
+def _better(row: Row, other: Row | None) -> Row:
+    if other is None or other.ratio is None:
+        return row
+    if row.ratio is None:
+        return other
+    return min(row, other, key=_badness)
+
+
+def _badness(row: Row) -> float:
+    assert row.ratio is not None
+    return row.ratio if row.better is Better.LESS else -row.ratio
 
 
 def _judged(row: Row, ratio: float, kept: float, margin: float) -> Verdict:
     worse = ratio / kept if row.better is Better.LESS else kept / ratio
     found = f"{ratio_text(ratio)} of {row.peer}, kept {ratio_text(kept)}: {worse:.2f} x as bad"
     if worse <= margin:
-        return Verdict(f"{row.key}: {found}", good=True)
-    return Verdict(f"{row.key}: REGRESSION: {found}, more than {margin:g} x", good=False)
+        return Verdict(row.key, found, good=True)
+    return Verdict(row.key, f"REGRESSION: {found}, more than {margin:g} x", good=False)
