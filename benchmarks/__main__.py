@@ -112,7 +112,7 @@ async def _measured(figure: Figure, options: Options) -> Sequence[Row]:
     directory = Path(tempfile.mkdtemp(prefix="hypemand-bench-", dir=options.directory))
     _tell(f"{figure.name}: {figure.about}")
     try:
-        return await figure.measure(Setting(directory, options.quick, options.runs, _tell))
+        return await figure.measure(Setting(directory, options.quick, options.runs, options.check is not None, _tell))
     except Exception as error:  # noqa: BLE001 - the boundary of a figure: one that breaks leaves the others to be measured
         _tell(f"{figure.name}: failed: {error!r}")
         note = f"failed: {str(error) or type(error).__name__}"

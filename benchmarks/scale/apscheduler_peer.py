@@ -80,6 +80,7 @@ def run_due(store: str, count: int, workers: int, directory: Path, at: float) ->
 
     jobs.add_listener(listen, EVENT_JOB_EXECUTED)
     jobs.start()
+    used = time.process_time()
     if time.time() > at - 0.5:
         jobs.shutdown(wait=False)
         return None
@@ -88,8 +89,9 @@ def run_due(store: str, count: int, workers: int, directory: Path, at: float) ->
     ended = max(executed)
     if store == "sqlite":
         ended = max(ended, _written(path, at))
+    used = time.process_time() - used
     jobs.shutdown()
-    return {"late_s": [begun - at for begun in BEGUN], "took_s": ended - at}
+    return {"late_s": [begun - at for begun in BEGUN], "took_s": ended - at, "cpu_s": used}
 
 
 def _written(path: Path, at: float) -> float:

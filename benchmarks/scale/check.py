@@ -33,7 +33,7 @@ def kept_document(report: Report) -> dict[str, Any]:
 
 def _rounded(row: Row) -> float:
     assert row.ratio is not None
-    return float(f"{row.ratio:.3g}")
+    return float(f"{max(row.ratio, row.luck_below):.3g}")
 
 
 def kept_figures(kept: Mapping[str, Any]) -> list[str]:

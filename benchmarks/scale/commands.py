@@ -18,7 +18,7 @@ from tests.processes import ROOT, environment
 
 NAME = "commands"
 ABOUT = "hypemand --help, and status of 10,000 schedules"
-FULL, QUICK = 10_000, 1_000
+FULL, QUICK = 10_000, 500
 RUNS_EACH = 3
 """Times that a command is run in each round: starts of processes are noisy, and cost little."""
 GOAL_HELP_S, GOAL_STATUS_S = 0.2, 1.0

@@ -35,6 +35,7 @@ async def measure(setting: Setting) -> Sequence[Row]:
             theirs=[getattr(one, f"{key}_s") for one in found[False]],
             goal=Goal(GOAL_RATIO, Of.RATIO),
             checked=True,
+            luck_below=1.0,
         )
         for key, title in (("claimed", "claimed (late_s)"), ("called", "hypervisor called"))
     ]

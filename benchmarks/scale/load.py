@@ -34,7 +34,7 @@ from hypemand.state.lock import take_lock
 
 NAME = "load"
 ABOUT = "loading 100,000 schedules at start: time, and memory for each"
-FULL, QUICK = 100_000, 5_000
+FULL, QUICK = 100_000, 4_000
 GOAL_S, GOAL_KB = 2.5, 1.3
 """The goal of the time is for the full size alone."""
 

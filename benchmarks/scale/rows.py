@@ -40,6 +40,7 @@ class Row:
         peer: What it is measured against; empty where there is nothing.
         ours_text, theirs_text: Shown in place of the values, where one number does not say it.
         checked: Whether the ratio is steady enough to be compared with a kept one.
+        luck_below: A ratio below this is luck, and kept as this.
         failed: Something that should have been measured was not.
         detail: Everything that was measured, for the JSON document.
     """
@@ -56,6 +57,7 @@ class Row:
     theirs_text: str = ""
     goal: Goal | None = None
     checked: bool = False
+    luck_below: float = 0.0
     note: str = ""
     failed: bool = False
     detail: Mapping[str, Any] = Factory(dict)
@@ -95,6 +97,7 @@ class Row:
             "goal": goal,
             "met": self.met,
             "checked": self.checked,
+            "luck_below": self.luck_below,
             "note": self.note,
             "failed": self.failed,
             "detail": dict(self.detail),
@@ -117,6 +120,7 @@ def row_of(document: Mapping[str, Any]) -> Row:
         theirs_text=document["peer_text"],
         goal=None if goal is None else Goal(goal["limit"], Of(goal["of"])),
         checked=document["checked"],
+        luck_below=document["luck_below"],
         note=document["note"],
         failed=document["failed"],
         detail=document["detail"],
@@ -163,6 +167,7 @@ def late_row(
     theirs: Sequence[Sequence[float]] = (),
     goal: Goal | None = None,
     checked: bool = False,
+    luck_below: float = 0.0,
     note: str = "",
 ) -> Row:
     """How late something was, in ms; given in seconds, by rounds. The value is the p99: in the median of the rounds."""
@@ -180,6 +185,7 @@ def late_row(
         theirs_text="" if beside is None else beside.text(),
         goal=goal,
         checked=checked,
+        luck_below=luck_below,
         note=note,
         detail={"hypemand": [one.text() for one in mine], "peer": [one.text() for one in others]},
     )

@@ -30,12 +30,14 @@ class Setting:
         directory: Empty, on the filesystem that is measured; for one figure.
         quick: Small sizes.
         runs: Rounds of what is noisy.
+        sparing: Rows whose ratios are not compared with kept ones may be left out.
         tell: Takes progress.
     """
 
     directory: Path
     quick: bool
     runs: int
+    sparing: bool
     tell: Callable[[str], None]
 
     def size(self, full: int, quick: int) -> int:
