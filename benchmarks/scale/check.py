@@ -66,7 +66,7 @@ def _verdicts(rows: Sequence[Row], kept: Mapping[str, Any], margin: float) -> It
 
 def doubtful(report: Report, kept: Mapping[str, Any], margin: float = MARGIN) -> list[str]:
     """The figures with a ratio that looks like a regression, each once; they are worth a second look."""
-    bad = {verdict.key for verdict in compare(report, kept, margin) if not verdict.good}
+    bad = [verdict.key for verdict in compare(report, kept, margin) if not verdict.good]
     return list(dict.fromkeys(kept["rows"][key]["figure"] for key in bad))
 
 

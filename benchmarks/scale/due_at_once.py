@@ -31,7 +31,7 @@ _MARGIN_S = 3.0
 
 @frozen
 class Flood:
-    """What came of one, in seconds: how late each run was, as claimed and as called, when all was written, processor."""
+    """What came of one, in seconds: how late each run was, as claimed and called, when all was written; processor."""
 
     claimed_s: Sequence[float]
     called_s: Sequence[float]

@@ -21,7 +21,7 @@ GOAL_RATIO = 2.0
 
 
 async def measure(setting: Setting) -> Sequence[Row]:
-    """By turns. What of the processor a run takes depends less on the disk, and is what is compared with kept ratios."""
+    """By turns. What a run takes of the processor depends least on the disk: that ratio is compared with kept ones."""
     count = setting.size(FULL, QUICK)
     ours: list[Flood] = []
     theirs: list[Flood] = []
