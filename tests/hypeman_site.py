@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import trio
 from attrs import define, field
 
 from hypemand.backends import registry
-from hypemand.backends.base import Backend, Surroundings
-from hypemand.core.model import InstanceId
+from hypemand.backends.base import Backend, CaptureRequest, Settled, Surroundings
+from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind, Trigger
+from hypemand.core.naming import scheduled_tags
 from tests.hypeman_server.answers import TOKEN
 from tests.processes import PATIENCE_S, ROOT
 
@@ -203,3 +205,69 @@ async def running_server(directory: Path, scheme: str = "http") -> AsyncIterator
             await site.kill()
     finally:
         site.close()
+
+
+# hypemand's side, driven as the engine drives it.
+
+NAME = "nightly-20261122-010000"
+CREATED_AT = datetime(2026, 11, 22, 1, tzinfo=UTC)
+
+
+def new_request(
+    run_id: str = "run-1",
+    name: str = NAME,
+    *,
+    kind: SnapshotKind = SnapshotKind.STANDBY,
+    freezes: Freezer | None = Freezer.HYPERVISOR,
+    metadata: Mapping[str, str] | None = None,
+) -> CaptureRequest:
+    return CaptureRequest(
+        run_id=run_id,
+        name=name,
+        kind=kind,
+        tags=scheduled_tags(WEB, metadata or {"team": "back end"}),
+        created_at=CREATED_AT,
+        freezes=freezes,
+    )
+
+
+async def settle(backend: Backend, request: CaptureRequest, *, ours: bool = True) -> Settled:
+    """Settle the run of *request*, with the started line that the engine would have written."""
+    run = RunStarted(
+        run_id=request.run_id,
+        instance_id=WEB,
+        backend=backend.name,
+        trigger=Trigger.SCHEDULE,
+        kind=request.kind,
+        state_before=InstanceState.RUNNING,
+        due_at=request.created_at,
+        next_run_at=request.created_at + timedelta(hours=1),
+        started_at=request.created_at,
+        snapshot_name=request.name,
+        tags=request.tags,
+        max_freeze_s=60,
+        freezes=request.freezes,
+        boot_id="",
+        connection=backend.connection,
+    )
+    with trio.fail_after(PATIENCE_S):
+        return await backend.settle(run, ours=ours)
+
+
+async def take(backend: Backend, run_id: str = "run-1", name: str = NAME, **request: Any) -> Snapshot:
+    """A published snapshot."""
+    made = (await backend.complete(await backend.capture(WEB, new_request(run_id, name, **request)))).snapshot
+    await backend.publish(made)
+    return made
+
+
+@asynccontextmanager
+async def opened(tmp_path: Path, scheme: str = "http", **settings: str) -> AsyncIterator[tuple[Site, Backend]]:
+    """A server, and a backend for it."""
+    async with running_server(tmp_path, scheme) as site:
+        backend = site.backend(tmp_path, **settings)
+        await backend.open(first_use=True)
+        try:
+            yield site, backend
+        finally:
+            await backend.aclose()

@@ -46,6 +46,7 @@ OWN_SCHEDULE = (
     " hypemand's; have it taken over: hypemand import-hypeman --take-over"
 )
 _OWN_TAGS = len(scheduled_tags(InstanceId("any"), {})) + 1
+_NOT_SUPPORTED = "not_supported"
 _EXPECTED = {
     SnapshotKind.STANDBY: (InstanceState.RUNNING, InstanceState.STANDBY),
     SnapshotKind.STOPPED: (InstanceState.STOPPED,),
@@ -172,11 +173,11 @@ class HypemanBackend:
         if answer.not_found:
             raise InstanceNotFound(f"{self.settings.url}: {answer}")
         said = f"the Hypeman server refuses: {answer}"
-        if answer.status >= 500:
+        if answer.status >= 500 and answer.code != _NOT_SUPPORTED:
             said = f"the Hypeman server failed: {answer}; its own log says more"
         if writing.may_be_down(draft):
             said += await self._brought_back_note(draft)
-        raise Unsupported(said) if answer.code == "not_supported" else CaptureFailed(said)
+        raise Unsupported(said) if answer.code == _NOT_SUPPORTED else CaptureFailed(said)
 
     async def _brought_back_note(self, draft: Manifest) -> str:
         """Look after the guest at once, and tell of it; `settle` does so again where it is in vain."""
