@@ -184,15 +184,17 @@ def _ask_daemon(path: Path, config: "Config", wishes: "Sequence[Wish]") -> "list
     from hypemand.surface.client import Client, NoAnswerError, Silence, find_socket
 
     client = Client(find_socket(path, config))
-    became = []
-    for wish in wishes:
-        try:
+    became: list[Imported] = []
+    try:
+        for wish in wishes:
             told = client.post(IMPORT, to_json(wish_document(wish)))
             became.append(Imported(Outcome(told["outcome"]), str(told["reason"])))
-        except NoAnswerError as error:
-            if not became and error.why is Silence.ABSENT:
-                return None
-            became.append(Imported(Outcome.REFUSED, f"the daemon can't be asked: {error}"))
+    except NoAnswerError as error:
+        if not became and error.why is Silence.ABSENT:
+            return None
+        # The one that it was asked for last it may have; the next time that is seen.
+        left = len(wishes) - len(became)
+        became += [Imported(Outcome.REFUSED, f"the daemon gives no answer: {error}")] * left
     return became
 
 

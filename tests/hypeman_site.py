@@ -123,14 +123,15 @@ class Site:
         return str(made["id"])
 
     def add_schedule(self, instance: str = WEB, **keys: Any) -> dict[str, Any]:
-        """A file as Hypeman writes it."""
+        """A file as Hypeman writes it, with a run in twenty minutes."""
+        due = datetime.now(UTC) + timedelta(minutes=20)
         schedule = {
             "instance_id": instance,
             "interval": "24h0m0s",
             "name_prefix": "nightly",
             "metadata": {"team": "backend"},
             "retention": {"max_count": 7, "max_age": "168h0m0s"},
-            "next_run_at": "2126-03-10T02:00:00.123456789Z",
+            "next_run_at": f"{due:%Y-%m-%dT%H:%M:%S}.123456789Z",
             "last_run_at": "2026-03-09T02:00:00Z",
             "last_snapshot_id": "q7z1w7l2af4l8y7q1h7g2m3s",
             "last_error": "invalid state transition: stopped snapshot requires source in Stopped, got Running",

@@ -90,7 +90,9 @@ async def _brought_in(requests: Requests, wanted: Schedule, wish: Wish) -> Impor
     if present is not None and not wish.replace:
         return Imported(Outcome.DIFFERS, f"the schedule that is there has another {', '.join(differing)}")
     if not wish.dry_run:
-        await _put(requests, wanted if present is None else replaced(present, wanted))
+        # An old date would look as if the clock had leapt since.
+        after = evolve(wanted if present is None else replaced(present, wanted), updated_at=requests.engine.clock.now())
+        await _put(requests, after)
     return Imported(Outcome.IMPORTED if present is None else Outcome.REPLACED)
 
 
@@ -134,6 +136,5 @@ def replaced(present: Schedule, wanted: Schedule) -> Schedule:
         retention=wanted.retention,
         metadata=wanted.metadata,
         name_prefix=wanted.name_prefix,
-        updated_at=wanted.updated_at,
         next_run_at=present.next_run_at if present.interval == wanted.interval else wanted.next_run_at,
     )
