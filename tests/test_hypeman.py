@@ -1,7 +1,10 @@
 """The hypeman backend and its server, when all is well and when it is not."""
 
+import errno
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,6 +26,7 @@ from hypemand.backends.base import (
     Surroundings,
     Unsupported,
 )
+from hypemand.backends.hypeman import holding
 from hypemand.backends.hypeman.documents import kept_of
 from hypemand.backends.hypeman.drafts import way_back
 from hypemand.backends.hypeman.settings import HypemanSettings
@@ -451,8 +455,17 @@ async def test_a_guest_that_is_off_or_gone_is_not_brought_back(tmp_path: Path) -
             site.add_guest()
 
 
-async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (site, backend):
+@pytest.mark.parametrize("held", [True, False], ids=["held", "no-holder-to-be-had"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, held: bool
+) -> None:
+    def fail(connection: int) -> None:
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    if not held:
+        monkeypatch.setattr(holding, "_start", fail)
+    async with opened(tmp_path, scheme) as (site, backend):
         site.fault(SNAPSHOTS, takes_s=0.5)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.capture, WEB, new_request())
@@ -496,16 +509,18 @@ trio.run(main)
 """
 
 
-async def test_a_capture_goes_on_when_hypemand_is_killed(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (site, backend):
+@pytest.mark.parametrize("end", ["killed", "ended"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_capture_goes_on_when_hypemand_is_no_more(tmp_path: Path, scheme: str, end: str) -> None:
+    async with opened(tmp_path, scheme) as (site, backend):
         site.fault(SNAPSHOTS, takes_s=1.0)
         program = VICTIM.format(root=str(ROOT), connection=dict(backend.connection), state=str(tmp_path / "state"))
         path = os.pathsep.join(path for path in sys.path if path)
         victim = await trio.lowlevel.open_process(
-            [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}
+            [sys.executable, "-c", program], stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}
         )
         await wait_until(lambda: site.state() == "Standby", "the capture")
-        victim.kill()
+        victim.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
         await victim.wait()
         settled = await settle(backend, new_request())
         assert settled.snapshot is not None
@@ -623,6 +638,20 @@ async def test_the_way_back_works_word_for_word(tmp_path: Path) -> None:
         refused = subprocess.run(running.restore[0].command, shell=True, capture_output=True, text=True, check=False)
         assert refused.returncode != 0
         assert "cannot restore snapshot while source is Running" in refused.stdout
+
+
+async def test_the_way_back_is_that_of_the_docs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "restore.md").read_text()
+    (line,) = re.findall(r"<!-- hypeman -->\n```sh\n(.*?)\n```", page, re.DOTALL)
+    async with opened(tmp_path) as (site, backend):
+        snapshot = await take(backend)
+        (kept,) = site.snapshots()
+        for theirs, ours in (
+            *(("https://hypeman.example.org", site.url), ("/etc/hypemand/hypeman-token", str(site.token_file))),
+            *(("$ID", WEB), ("$SNAPSHOT", kept["id"])),
+        ):
+            line = line.replace(theirs, ours)
+        assert snapshot.restore[0].command == f"{line} # {snapshot.name}"
 
 
 async def test_the_way_back_over_tls_trusts_whom_the_backend_trusts(tmp_path: Path) -> None:
