@@ -4,10 +4,12 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.hypeman_server.answers import TOKEN
 from tests.hypeman_site import NAME, WEB, new_request, opened, settle, take
-from tests.processes import PATIENCE_S, ROOT, wait_until
+from tests.processes import PATIENCE_S, ROOT, children_of, wait_until
 
 SNAPSHOTS = f"POST /instances/{WEB}/snapshots"
 RESTORE = f"POST /instances/{WEB}/restore"
@@ -620,8 +622,37 @@ async def test_a_schedule_of_the_servers_own_is_warned_of_before_the_capture(tmp
 
 # The way back.
 
+STAND_IN = f"""#!{sys.executable} -E
+import argparse, ssl, sys, urllib.error, urllib.request
+parser = argparse.ArgumentParser()
+parser.add_argument("-sS", dest="quiet", action="store_true")
+parser.add_argument("--fail-with-body", action="store_true")
+parser.add_argument("--cacert")
+parser.add_argument("-H", action="append")
+parser.add_argument("-d", type=str.encode)
+parser.add_argument("url")
+given = parser.parse_args()
+lines = [sys.stdin.read() if line == "@-" else line for line in given.H]
+headers = dict(line.split(": ", 1) for line in lines)
+trust = ssl.create_default_context(cafile=given.cacert) if given.cacert else None
+try:
+    print(urllib.request.urlopen(urllib.request.Request(given.url, given.d, headers), context=trust).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+    sys.exit(22)
+"""
+"""Where curl is not installed: it knows the options of the way back, and no others."""
 
-async def test_the_way_back_works_word_for_word(tmp_path: Path) -> None:
+
+@pytest.fixture
+def curl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("curl") is None:
+        (tmp_path / "curl").write_text(STAND_IN)
+        (tmp_path / "curl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+async def test_the_way_back_works_word_for_word(tmp_path: Path, curl: None) -> None:
     async with opened(tmp_path) as (site, backend):
         running = await take(backend)
         site.set_state("Stopped")
@@ -654,7 +685,7 @@ async def test_the_way_back_is_that_of_the_docs(tmp_path: Path) -> None:
         assert snapshot.restore[0].command == f"{line} # {snapshot.name}"
 
 
-async def test_the_way_back_over_tls_trusts_whom_the_backend_trusts(tmp_path: Path) -> None:
+async def test_the_way_back_over_tls_trusts_whom_the_backend_trusts(tmp_path: Path, curl: None) -> None:
     async with opened(tmp_path, "https") as (site, backend):
         snapshot = await take(backend)
         site.set_state("Stopped")
@@ -667,3 +698,26 @@ def test_a_name_that_the_server_made_up_is_harmless_in_a_shell() -> None:
     (step,) = way_back(kept_of(told), HypemanSettings(url="http://localhost:1"))
     assert "touch" not in step.command
     assert "'\"'\"'" in step.command
+
+
+async def test_a_connection_that_is_made_anew_is_held_anew(tmp_path: Path) -> None:
+    """The first one ends with the answer that the token is no good."""
+    async with opened(tmp_path) as (site, backend):
+        others = children_of(os.getpid())
+        site.fault(SNAPSHOTS, status=401, body={"code": "Unauthorized", "message": "invalid token"}, cut="then")
+        site.fault(SNAPSHOTS, takes_s=0.5)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(backend.capture, WEB, new_request())
+            await wait_until(lambda: site.state() == "Standby", "the capture")
+            (holder,) = {*children_of(os.getpid())} - {*others}
+            held = Path(f"/proc/{holder}/fd/3").stat().st_ino
+            assert held in sockets_of(os.getpid())
+        assert children_of(os.getpid()) == others
+
+
+def sockets_of(pid: int) -> set[int]:
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.add(path.stat().st_ino)
+    return found

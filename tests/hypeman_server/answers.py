@@ -27,8 +27,8 @@ class Server:
     """Answers by the files in a `Store`.
 
     Keys of faults: ``delay_s``; ``status`` and ``body`` in place of an answer;
-    ``cut``, the connection, ``before`` anything is done, ``after`` it, or in the ``midst``
-    of the answer; ``garbage`` for an answer that is none; ``location``. More in `Work`.
+    ``cut``, the connection, ``before`` anything is done, ``after`` it, in the ``midst``
+    of the answer, or ``then``; ``garbage`` for an answer that is none; ``location``. More in `Work`.
     """
 
     def __init__(self, store: Store) -> None:
