@@ -2,6 +2,7 @@
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import structlog.testing
 from hypothesis import settings
 from structlog.typing import EventDict
 
+from tests.libvirt_site import require_libvirt
 from tests.processes import TOLD
 from tests.qemu_guest import require_qemu
 from tests.systemd_box import require_systemd
@@ -78,6 +80,22 @@ def qemu_where_it_is_needed(request: pytest.FixtureRequest) -> None:
     """Here and not in the tests: a skip out of async code would not say what to install."""
     if request.node.get_closest_marker("qemu") is not None:
         require_qemu()
+
+
+@pytest.fixture(autouse=True)
+def libvirt_where_it_is_needed(request: pytest.FixtureRequest) -> None:
+    """The same for libvirt."""
+    if request.node.get_closest_marker("libvirt") is not None:
+        require_libvirt()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_libvirtd_ends() -> Iterator[None]:
+    """The libvirtd that some tests share is ended with the last one."""
+    yield
+    guests = sys.modules.get("tests.libvirt_guest")
+    if guests is not None:
+        guests.end_shared()
 
 
 @pytest.fixture

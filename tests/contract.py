@@ -10,6 +10,7 @@ from hypemand.backends import registry
 from hypemand.backends.base import Backend, Surroundings
 from hypemand.conformance import Subject
 from hypemand.core.model import InstanceId
+from tests.libvirt_guest import LibvirtGuest, running_libvirt_guest, shared_libvirtd
 from tests.qemu_guest import Guest, running_guest
 
 
@@ -86,5 +87,44 @@ class QemuSubject(Subject):
 async def qemu_subject(directory: Path, mode: str = "internal") -> AsyncIterator[Subject]:
     async with running_guest(directory, memory_mb=16, tick_ms=200, wait=False) as guest:
         subject = QemuSubject(directory, guest, mode)
+        await subject.backend.open(first_use=True)
+        yield subject
+
+
+class LibvirtSubject(Subject):
+    """A real libvirtd; the operator is another client of it, and unreachable is one that has been killed."""
+
+    def __init__(self, directory: Path, guest: LibvirtGuest) -> None:
+        self._guest = guest
+        self.instance = guest.instance_id
+        self.surroundings = Surroundings(directory / "state")
+        self.backend = registry.connect("vms", {"type": "libvirt", "uri": guest.libvirtd.uri}, self.surroundings)
+
+    async def guest_runs(self) -> bool:
+        return self._guest.runs()
+
+    async def operator_pauses(self) -> None:
+        with self._guest.domain() as domain:
+            domain.suspend()
+
+    async def operator_resumes(self) -> None:
+        with self._guest.domain() as domain:
+            domain.resume()
+
+    async def go_away(self) -> None:
+        self._guest.libvirtd.kill()
+
+    async def come_back(self) -> None:
+        self._guest.libvirtd.start()
+
+    async def leftovers(self) -> list[str]:
+        listed = {snapshot.name for snapshot in await self.backend.list_snapshots(self.instance)}
+        return sorted({*self._guest.names(), *self._guest.tags()} - listed)
+
+
+@asynccontextmanager
+async def libvirt_subject(directory: Path) -> AsyncIterator[Subject]:
+    with running_libvirt_guest(shared_libvirtd(), tick_ms=200) as guest:
+        subject = LibvirtSubject(directory, guest)
         await subject.backend.open(first_use=True)
         yield subject

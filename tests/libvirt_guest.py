@@ -1,0 +1,143 @@
+"""A guest of a real libvirtd, and the hand of an operator on it. A helper for tests, not a test."""
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+
+import libvirt
+import trio
+from attrs import define, field, frozen
+
+from hypemand.core.model import InstanceId
+from tests.libvirt_site import Libvirtd, domain_xml, running_libvirtd, ticker_disk
+
+BOOT_PATIENCE_S = 30
+
+
+@define
+class _Shared:
+    """The libvirtd that the tests of one process share: to start one costs more than most of them."""
+
+    stack: ExitStack = field(factory=ExitStack)
+    libvirtd: Libvirtd | None = None
+
+
+_SHARED = _Shared()
+
+
+def shared_libvirtd() -> Libvirtd:
+    """It, started for the first who asks."""
+    if _SHARED.libvirtd is None:
+        _SHARED.libvirtd = _SHARED.stack.enter_context(running_libvirtd())
+    return _SHARED.libvirtd
+
+
+def end_shared() -> None:
+    """End it, if it was started."""
+    _SHARED.libvirtd = None
+    _SHARED.stack.close()
+
+
+@frozen(kw_only=True)
+class LibvirtGuest:
+    """A guest that libvirt has defined and started."""
+
+    libvirtd: Libvirtd
+    instance_id: InstanceId
+    disk: Path
+    log: Path
+
+    @contextmanager
+    def domain(self) -> Iterator[libvirt.virDomain]:
+        """The guest by a connection of the test's own."""
+        connection = libvirt.open(self.libvirtd.uri)
+        try:
+            yield connection.lookupByName(self.instance_id)
+        finally:
+            connection.close()
+
+    def state(self) -> tuple[int, int]:
+        """State and reason, in libvirt's numbers."""
+        with self.domain() as domain:
+            state, reason = domain.state()
+            return state, reason
+
+    def runs(self) -> bool:
+        """Whether its vCPUs run, as far as libvirt knows."""
+        return self.state()[0] == libvirt.VIR_DOMAIN_RUNNING
+
+    def names(self) -> list[str]:
+        """Snapshots that libvirt has of it, oldest first."""
+        with self.domain() as domain:
+            return sorted(domain.snapshotListNames())
+
+    def tags(self) -> list[str]:
+        """Snapshots that are in its disk, whoever knows of them."""
+        command = ["qemu-img", "snapshot", "-U", "-l", str(self.disk)]
+        told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        return sorted(line.split()[1] for line in told.splitlines()[2:])
+
+    def serial(self) -> str:
+        """All that it has printed since it was started."""
+        return self.log.read_text() if self.log.exists() else ""
+
+    def ticks(self) -> list[int]:
+        """Ticks printed in full, without the first line: a restored guest begins in the middle of one."""
+        lines = self.serial().split("\n")[1:-1]
+        return [int(line, 16) for line in lines if re.fullmatch("[0-9a-f]{8}", line)]
+
+    async def next_ticks(self, count: int = 2) -> list[int]:
+        """Wait until it has printed *count* more, and return all."""
+        seen = len(self.ticks())
+        with trio.fail_after(BOOT_PATIENCE_S):
+            while len(ticks := self.ticks()) < seen + count:
+                await trio.sleep(0.01)
+        return ticks
+
+
+@contextmanager
+def running_libvirt_guest(
+    libvirtd: Libvirtd,
+    *,
+    instance_id: str = "web-1",
+    memory_mb: int = 16,
+    filled: bool = False,
+    tick_ms: int = 10,
+    devices: str = "",
+    starts: bool = True,
+) -> Iterator[LibvirtGuest]:
+    """A guest until the end of the block.
+
+    Args:
+        filled: Whether its RAM has no zero pages, so that a save takes a while.
+        tick_ms: How long it waits between ticks.
+        devices: More of them, in libvirt's XML; ``{home}`` is the directory of its disk.
+    """
+    disk = ticker_disk(libvirtd, instance_id, fill_end_mb=memory_mb - 16 if filled else 0, tick_ms=tick_ms)
+    log = disk.with_suffix(".log")
+    xml = domain_xml(instance_id, disk, log, memory_mb=memory_mb, devices=devices.replace("{home}", str(disk.parent)))
+    connection = libvirt.open(libvirtd.uri)
+    try:
+        domain = connection.defineXML(xml)
+        if starts:
+            domain.create()
+    finally:
+        connection.close()
+    guest = LibvirtGuest(libvirtd=libvirtd, instance_id=InstanceId(instance_id), disk=disk, log=log)
+    try:
+        yield guest
+    finally:
+        _take_away(guest)
+
+
+def _take_away(guest: LibvirtGuest) -> None:
+    if guest.libvirtd.process.poll() is not None:
+        guest.libvirtd.start()
+    with suppress(libvirt.libvirtError), guest.domain() as domain:
+        with suppress(libvirt.libvirtError):
+            domain.destroy()
+        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+    shutil.rmtree(guest.disk.parent)
