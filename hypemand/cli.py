@@ -106,7 +106,13 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add("run", commands.run, "run the daemon in the foreground", "The log goes to stderr.")
-    check = add("check-config", commands.check_config, "check the config and its backends, and list every problem")
+    check = add(
+        "check-config",
+        commands.check_config,
+        "check the config and its backends, and list every problem",
+        "Each scheduled instance is asked for its state, and whether it could be captured now; nothing is changed.",
+    )
+    check.add_argument("--no-instances", action="store_true", help="do not ask the instances one by one")
     status = add(
         "status",
         reports.status,

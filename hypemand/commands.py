@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,7 +131,7 @@ def check_config(options: argparse.Namespace) -> int:
         from hypemand.config import config_warnings
         from hypemand.surface.checks import check_backends
 
-        found = trio.run(check_backends, config)
+        found = trio.run(partial(check_backends, config, instances=not options.no_instances))
         problems, warnings = found.problems, [*config_warnings(config), *found.warnings]
     if options.json:
         print_json(

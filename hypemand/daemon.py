@@ -74,6 +74,7 @@ class Daemon:
     guarding: Guarding | None = field(init=False, default=None)
     metrics: Metrics | None = field(init=False, default=None)
     life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
+    _is_up: trio.Event = field(init=False, factory=trio.Event)
     _reloading: trio.Lock = field(init=False, factory=trio.Lock)
     _edit_refused: bool = field(init=False, default=False)
 
@@ -105,6 +106,7 @@ class Daemon:
                 assert self.metrics is not None
                 control = Control(self.engine, self.metrics.kept.of, troubles=self._troubles)
                 self.api = self._front(self.engine, control)
+                self._is_up.set()
                 background.start_soon(self._serve_api, self.engine, self.api)
                 background.start_soon(self._tell_service, self.engine, self.api)
                 with self.engine.events.heard_by(control.hear):
@@ -209,10 +211,11 @@ class Daemon:
         await watch_file(self.config_path, self._reload_edit, known=self.version)
 
     async def _reload_all(self) -> None:
-        if self.engine is not None:
-            async with self.service.reloading():
-                await self.engine.reread()
-                await self._reload_edit()
+        await self._is_up.wait()  # asked for during a start: what was read by then may be older
+        assert self.engine is not None
+        async with self.service.reloading():
+            await self.engine.reread()
+            await self._reload_edit()
 
     async def _reload_edit(self) -> None:
         async with self._reloading:

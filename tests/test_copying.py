@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypemand.backends.base import CaptureFailed
-from hypemand.backends.copying import CHUNK, copy_file
+from hypemand.backends.base import CaptureFailed, Meter
+from hypemand.backends.copying import CHUNK, copy_file, data_bytes
 
 MIB = 1 << 20
 
@@ -163,3 +163,24 @@ async def test_a_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(CaptureFailed, match="File exists"):
         await copy_file(tmp_path / "disk", tmp_path / "copy")
     assert (tmp_path / "copy").read_bytes() == b"somebody's"
+
+
+@pytest.mark.parametrize("rate", [None, 1 << 40])
+async def test_a_meter_takes_what_was_copied_without_holes(tmp_path: Path, rate: int | None) -> None:
+    with (tmp_path / "disk").open("wb") as file:
+        file.write(os.urandom(MIB))
+        file.truncate(64 * MIB)
+    meter = Meter(total_bytes=data_bytes(tmp_path / "disk"))
+    await copy_file(tmp_path / "disk", tmp_path / "copy", rate=rate, meter=meter)
+    assert meter.done_bytes == meter.total_bytes == MIB
+
+
+async def test_a_meter_tells_how_far_a_copy_is_while_it_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "disk").write_bytes(os.urandom(MIB))
+    meter = Meter(total_bytes=MIB)
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: copy_file(tmp_path / "disk", tmp_path / "copy", rate=MIB, meter=meter))
+            await eventually(lambda: meter.done_bytes > 0)
+            assert meter.done_bytes < MIB
+            scope.cancel()

@@ -131,6 +131,8 @@ def test_on_a_terminal_each_step_is_told_when_it_happens(lab: ServingLab) -> Non
     os.close(ours)
     assert process.returncode == 0
     lines = shown.decode().splitlines()
+    copied = [line for line in lines if re.fullmatch(r"slow-1: copied [\d.]+ KiB of 320\.0 KiB \(\d+ %\)", line)]
+    assert copied, "a copy that takes four seconds tells nothing of how far it is"
     assert "resumed after" in lines[-3]
     assert re.fullmatch("r[0-9a-f]+", lines[-1])
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from attrs import Factory, frozen
+from attrs import Factory, define, field, frozen
 
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
@@ -83,12 +83,27 @@ class Preparation:
         taken_names: Every snapshot name in use for the instance, other people's too.
         freezes: Who makes this guest stand still this time; None: as `Capabilities` says.
         warnings: What will go otherwise than configured, and why.
+        advice: What an operator could do better, and how. For ``check-config``; a run says nothing of it.
     """
 
     rooms: tuple[Room, ...] = ()
     taken_names: Collection[str] = ()
     freezes: Freezer | None = None
     warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+
+
+@define(eq=False)
+class Meter:
+    """How far the copies of a capture have come. Written by whoever copies, one thread at a time; read by anybody.
+
+    Attributes:
+        total_bytes: What is to be copied, holes left out as far as that is known; zero: nothing is known.
+        done_bytes: What has been copied.
+    """
+
+    total_bytes: int = 0
+    done_bytes: int = 0
 
 
 @frozen(kw_only=True)
@@ -99,6 +114,9 @@ class CaptureRequest:
         run_id: Becomes `Snapshot.id`.
         created_at: Aware UTC.
         freezes: Who makes the guest stand still, as the run's started line has it; None where it does not run.
+        freeze_deadline: On trio's clock, where the engine has the guest stand still: the end of its freeze budget. A
+            capture that can't be aborted as a whole ends then what of it can be ended: copies.
+        meter: Takes how far copies have come, so that whoever waits for the run is told.
     """
 
     run_id: str
@@ -107,6 +125,8 @@ class CaptureRequest:
     tags: Mapping[str, str]
     created_at: datetime
     freezes: Freezer | None
+    freeze_deadline: float | None = field(default=None, eq=False)
+    meter: Meter = field(factory=Meter, eq=False)
 
 
 @frozen

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
-from hypemand.backends.base import CaptureFailed
+from hypemand.backends.base import CaptureFailed, Meter
 
 CHUNK = 8 << 20
 _FICLONE = 0x40049409  # linux/fs.h; the fcntl module of Python 3.11 does not name it
@@ -23,7 +23,7 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_COPY_FILE_RANGE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 
 
-async def copy_file(source: Path, target: Path, *, rate: int | None = None) -> int:
+async def copy_file(source: Path, target: Path, *, rate: int | None = None, meter: Meter | None = None) -> int:
     """Copy *source* to *target*, a new file of mode 0600. Holes stay holes.
 
     Cancellation passes at once, even where the filesystem hangs: the thread
@@ -32,6 +32,7 @@ async def copy_file(source: Path, target: Path, *, rate: int | None = None) -> i
 
     Args:
         rate: Bytes per second at most, above zero; then nothing is reflinked. None: as fast as it goes.
+        meter: Its ``done_bytes`` grows by what has been copied, up to `data_bytes` of *source* together.
 
     Returns:
         The size in bytes, holes included.
@@ -39,7 +40,7 @@ async def copy_file(source: Path, target: Path, *, rate: int | None = None) -> i
     Raises:
         CaptureFailed: With the reason of the filesystem; *target* is left as it is then.
     """
-    copy = _Copy(source, target, rate, threading.Event())
+    copy = _Copy(source, target, rate, meter or Meter(), threading.Event())
     try:
         return await trio.to_thread.run_sync(
             copy.run,
@@ -52,6 +53,15 @@ async def copy_file(source: Path, target: Path, *, rate: int | None = None) -> i
         copy.stop.set()
 
 
+def data_bytes(path: Path) -> int:
+    """What a copy of *path* takes, holes left out."""
+    return _allocated(path.stat())
+
+
+def _allocated(status: os.stat_result) -> int:
+    return status.st_blocks * 512
+
+
 class _Stopped(Exception):
     """Nobody waits for this copy any more."""
 
@@ -61,6 +71,7 @@ class _Copy:
     source: Path
     target: Path
     rate: int | None
+    meter: Meter
     stop: threading.Event
 
     def run(self) -> int:
@@ -81,6 +92,7 @@ class _Copy:
     def _copy(self, reader: int, writer: int) -> int:
         size = os.lseek(reader, 0, os.SEEK_END)
         if self.rate is None and _reflinked(reader, writer):
+            self.meter.done_bytes += _allocated(os.fstat(reader))
             return size
         os.truncate(writer, size)
         began = time.monotonic()
@@ -94,6 +106,7 @@ class _Copy:
                     raise CaptureFailed(f"{self.source} became shorter while it was copied")
                 offset += done
                 copied += done
+                self.meter.done_bytes += done
                 self._hold_back(began, copied)
         return size
 

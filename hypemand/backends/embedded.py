@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import trio
 from attrs import evolve, field, frozen
@@ -33,7 +33,7 @@ from hypemand.backends.base import (
     Unsupported,
 )
 from hypemand.backends.catalog import Catalog, Manifest
-from hypemand.backends.copying import copy_file
+from hypemand.backends.copying import copy_file, data_bytes
 from hypemand.backends.embedded_guests import (
     DISK,
     MEMORY,
@@ -150,9 +150,10 @@ class EmbeddedBackend:
 
     async def _copy(self, home: Path, instance: InstanceId, request: CaptureRequest) -> Manifest:
         try:
-            partial = await self._in_thread(self._catalog.begin, instance, request.run_id)
+            partial = await self._in_thread(self._begin, instance, request)
+            rate, meter = self.settings.copy_rate, request.meter
             files = {
-                name: await copy_file(home / name, partial / name, rate=self.settings.copy_rate)
+                name: await copy_file(home / name, partial / name, rate=rate, meter=meter)
                 for name in _FILES[request.kind]
             }
             manifest = Manifest(
@@ -283,12 +284,10 @@ class EmbeddedBackend:
         try:
             return read_state(path)
         except FileNotFoundError:
-            self._raise_missing(instance, path)
-
-    def _raise_missing(self, instance: InstanceId, path: Path) -> NoReturn:
-        if instance in self._names():
-            raise BackendUnavailable(f'{path} is missing; write {{"state": "Stopped"}} or another state into it')
-        raise InstanceNotFound(f"{self._instances} has no instance {instance}")
+            if instance not in self._names():
+                raise InstanceNotFound(f"{self._instances} has no instance {instance}") from None
+            write = 'write {"state": "Stopped"} or another state into it'
+            raise BackendUnavailable(f"{path} is missing; {write}") from None
 
     def _prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
         try:
@@ -298,6 +297,11 @@ class EmbeddedBackend:
             raise
         names = {manifest.name for manifest in self._catalog.manifests(instance)}
         return Preparation((Room(self._catalog.root, sum(sizes) + MARGIN),), frozenset(names))
+
+    def _begin(self, instance: InstanceId, request: CaptureRequest) -> Path:
+        files = [self._home(instance) / name for name in _FILES[request.kind]]
+        request.meter.total_bytes = sum(data_bytes(path) for path in files if path.exists())
+        return self._catalog.begin(instance, request.run_id)
 
     def _settle_snapshot(self, run: RunStarted) -> Snapshot | None:
         # In this order: what can't be discarded any more has been published.

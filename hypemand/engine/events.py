@@ -20,6 +20,7 @@ class Step(StrEnum):
     WAITING = "waiting"  # error, in_s: it can't start yet, and tries again
     BEGUN = "begun"  # snapshot_name, kind: it is written down, nothing was touched
     PAUSED = "paused"
+    COPYING = "copying"  # done_bytes, total_bytes: once a second, where the capture copies for longer
     CAPTURED = "captured"  # size_bytes
     RESUMED = "resumed"  # freeze_s
     LISTED = "listed"  # snapshot_id, snapshot_name, size_bytes: the snapshot is complete and durable

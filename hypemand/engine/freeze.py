@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 
 import structlog
 import trio
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
 from hypemand.backends.base import (
     Backend,
@@ -17,6 +17,7 @@ from hypemand.backends.base import (
     CaptureRequest,
     InstanceNotFound,
     InvalidState,
+    Meter,
 )
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import Freezer, InstanceId, InstanceState
@@ -31,6 +32,7 @@ _log = structlog.get_logger()
 
 TELL_EVERY = 20
 """Of so many failed tries to resume a guest, one is logged."""
+COPYING_TOLD_EVERY_S = 1.0
 THAW_WITHIN_S = 600.0
 """How long past its budget a guest is tried to be resumed by its own run, before the recovery takes over."""
 _NOT_FROZEN = frozenset(
@@ -112,14 +114,21 @@ class Freeze:
             NoGuardError: Nothing was frozen, as nobody would thaw the guest if this process can't.
             StillFrozenError: The guest could not be resumed.
         """
-        timer = trio.CancelScope()
-        background.start_soon(_release_later, slot, self.budget.max_freeze_s, timer)
+        beside = trio.CancelScope()
+        background.start_soon(self._beside, slot, request.meter, beside)
         try:
             captured = await self._frozen_capture(request, slot)
         finally:
-            timer.cancel()
+            beside.cancel()
         self.record.measured(captured.freeze_s)
         return captured
+
+    async def _beside(self, slot: Slot, meter: Meter, until: trio.CancelScope) -> None:
+        """What goes on beside the capture."""
+        with until:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_release_later, slot, self.budget.max_freeze_s)
+                nursery.start_soon(_tell_copying, meter, self.tell)
 
     async def _frozen_capture(self, request: CaptureRequest, slot: Slot) -> Captured:
         if not self.steps.pauses:
@@ -131,7 +140,8 @@ class Freeze:
             try:
                 await self._pause(request)
                 self.tell(Step.PAUSED)
-                return await self._timed_capture(request, self._time_left(began))
+                limited = evolve(request, freeze_deadline=began + self.budget.max_freeze_s)
+                return await self._timed_capture(limited, self._time_left(began))
             finally:
                 if not self.record.pause_refused:
                     with trio.CancelScope(shield=True):
@@ -243,7 +253,16 @@ class Freeze:
         return None if status.state in _NOT_FROZEN else f"{error}; instance is {status.state}"
 
 
-async def _release_later(slot: Slot, after_s: float, timer: trio.CancelScope) -> None:
-    with timer:
-        await trio.sleep(after_s)
-        slot.release()
+async def _release_later(slot: Slot, after_s: float) -> None:
+    await trio.sleep(after_s)
+    slot.release()
+
+
+async def _tell_copying(meter: Meter, tell: TellStep) -> None:
+    """Tell how far the copies are, whenever they have come further within a second."""
+    told = 0
+    while True:
+        await trio.sleep(COPYING_TOLD_EVERY_S)
+        if meter.done_bytes > told:
+            told = meter.done_bytes
+            tell(Step.COPYING, done_bytes=told, total_bytes=max(told, meter.total_bytes))

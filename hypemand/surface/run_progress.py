@@ -66,6 +66,10 @@ _TEXTS: dict[str, Callable[[Told], str]] = {
     "waiting": lambda told: f"can't start yet, tries again in {told['in_s']:.0f} s: {one_line(told['error'])}",
     "begun": lambda told: f"run begins: snapshot {told['snapshot_name']} ({told['kind']})",
     "paused": lambda told: "paused",  # noqa: ARG005 - it carries no facts
+    "copying": lambda told: (
+        f"copied {format_size(told['done_bytes'])} of {format_size(told['total_bytes'])}"
+        f" ({100 * told['done_bytes'] // told['total_bytes']} %)"
+    ),
     "captured": lambda told: f"captured {format_size(told['size_bytes'])}",
     "resumed": lambda told: f"resumed after {seconds_short(told['freeze_s'])}",
     "listed": lambda told: f"snapshot {told['snapshot_name']} is complete, {format_size(told['size_bytes'])}",
