@@ -10,7 +10,7 @@ from hypemand.backends import registry
 from hypemand.backends.base import Backend, Surroundings
 from hypemand.conformance import Subject
 from hypemand.core.model import InstanceId
-from tests.libvirt_guest import LibvirtGuest, running_libvirt_guest, shared_libvirtd
+from tests.libvirt_guest import LibvirtGuest, shared_guest
 from tests.qemu_guest import Guest, running_guest
 
 
@@ -124,7 +124,7 @@ class LibvirtSubject(Subject):
 
 @asynccontextmanager
 async def libvirt_subject(directory: Path) -> AsyncIterator[Subject]:
-    with running_libvirt_guest(shared_libvirtd(), tick_ms=200) as guest:
+    with shared_guest() as guest:
         subject = LibvirtSubject(directory, guest)
         await subject.backend.open(first_use=True)
         yield subject

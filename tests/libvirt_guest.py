@@ -11,6 +11,7 @@ import libvirt
 import trio
 from attrs import define, field, frozen
 
+from hypemand.backends.libvirt.domains import mark
 from hypemand.core.model import InstanceId
 from tests.libvirt_site import Libvirtd, domain_xml, running_libvirtd, ticker_disk
 
@@ -19,26 +20,45 @@ BOOT_PATIENCE_S = 30
 
 @define
 class _Shared:
-    """The libvirtd that the tests of one process share: to start one costs more than most of them."""
+    """What the tests of one process share: to start it costs more than most of them."""
 
     stack: ExitStack = field(factory=ExitStack)
     libvirtd: Libvirtd | None = None
+    guests: ExitStack = field(factory=ExitStack)
+    guest: "LibvirtGuest | None" = None
 
 
 _SHARED = _Shared()
 
 
 def shared_libvirtd() -> Libvirtd:
-    """It, started for the first who asks."""
+    """A libvirtd, started for the first who asks."""
     if _SHARED.libvirtd is None:
         _SHARED.libvirtd = _SHARED.stack.enter_context(running_libvirtd())
     return _SHARED.libvirtd
 
 
+@contextmanager
+def shared_guest() -> Iterator["LibvirtGuest"]:
+    """A guest of it without snapshots, running; nobody else's until the end of the block. In between it is paused."""
+    if _SHARED.guest is None:
+        _SHARED.guest = _SHARED.guests.enter_context(running_libvirt_guest(shared_libvirtd(), tick_ms=200))
+    guest = _SHARED.guest
+    try:
+        guest.tidy_up()
+        yield guest
+        guest.put_aside()
+    except BaseException:  # whatever state it is in
+        _SHARED.guest = None
+        _SHARED.guests.close()
+        raise
+
+
 def end_shared() -> None:
-    """End it, if it was started."""
-    _SHARED.libvirtd = None
+    """End what was started."""
+    _SHARED.guests.close()
     _SHARED.stack.close()
+    _SHARED.guest = _SHARED.libvirtd = None
 
 
 @frozen(kw_only=True)
@@ -79,6 +99,24 @@ class LibvirtGuest:
         command = ["qemu-img", "snapshot", "-U", "-l", str(self.disk)]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return sorted(line.split()[1] for line in told.splitlines()[2:])
+
+    def put_aside(self) -> None:
+        """Pause it, so that it takes no time from anybody."""
+        if self.libvirtd.process.poll() is not None:
+            self.libvirtd.start()
+        with self.domain() as domain:
+            if domain.state()[0] == libvirt.VIR_DOMAIN_RUNNING:
+                domain.suspend()
+
+    def tidy_up(self) -> None:
+        """Take away all that a test has left in it, and let it run."""
+        with self.domain() as domain:
+            for snapshot in domain.listAllSnapshots():
+                snapshot.delete()
+            mark(domain, None)
+            if domain.state()[0] == libvirt.VIR_DOMAIN_PAUSED:
+                domain.resume()
+        assert self.tags() == []
 
     def serial(self) -> str:
         """All that it has printed since it was started."""
