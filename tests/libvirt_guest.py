@@ -1,7 +1,9 @@
 """A guest of a real libvirtd, and the hand of an operator on it. A helper for tests, not a test."""
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -11,11 +13,16 @@ import libvirt
 import trio
 from attrs import define, field, frozen
 
-from hypemand.backends.libvirt.domains import mark
+from hypemand.backends.libvirt.domains import Pause, mark
 from hypemand.core.model import InstanceId
 from tests.libvirt_site import Libvirtd, domain_xml, running_libvirtd, ticker_disk
 
 BOOT_PATIENCE_S = 30
+RUNNING = (libvirt.VIR_DOMAIN_RUNNING, 5)
+"""Running, unpaused."""
+SAVING = (libvirt.VIR_DOMAIN_PAUSED, Pause.SAVE)
+BY_USER = (libvirt.VIR_DOMAIN_PAUSED, Pause.USER)
+IO_ERROR = (libvirt.VIR_DOMAIN_PAUSED, Pause.IO_ERROR)
 
 
 @define
@@ -42,7 +49,9 @@ def shared_libvirtd() -> Libvirtd:
 def shared_guest() -> Iterator["LibvirtGuest"]:
     """A guest of it without snapshots, running; nobody else's until the end of the block. In between it is paused."""
     if _SHARED.guest is None:
-        _SHARED.guest = _SHARED.guests.enter_context(running_libvirt_guest(shared_libvirtd(), tick_ms=200))
+        _SHARED.guest = _SHARED.guests.enter_context(
+            running_libvirt_guest(shared_libvirtd(), instance_id="shared-1", tick_ms=200)
+        )
     guest = _SHARED.guest
     try:
         guest.tidy_up()
@@ -100,6 +109,20 @@ class LibvirtGuest:
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         return sorted(line.split()[1] for line in told.splitlines()[2:])
 
+    def hang(self) -> None:
+        """Have its QEMU stand still, as if it hung; `go_on` ends that."""
+        os.kill(self.libvirtd.pid_of(self.instance_id), signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """Have its QEMU go on."""
+        os.kill(self.libvirtd.pid_of(self.instance_id), signal.SIGCONT)
+
+    async def comes_to(self, *states: tuple[int, int]) -> None:
+        """Wait until it is in one of these states."""
+        with self.domain() as domain, trio.fail_after(BOOT_PATIENCE_S):
+            while tuple(domain.state()) not in states:
+                await trio.sleep(0.005)
+
     def put_aside(self) -> None:
         """Pause it, so that it takes no time from anybody."""
         if self.libvirtd.process.poll() is not None:
@@ -146,17 +169,21 @@ def running_libvirt_guest(
     tick_ms: int = 10,
     devices: str = "",
     starts: bool = True,
+    home: Path | None = None,
 ) -> Iterator[LibvirtGuest]:
     """A guest until the end of the block.
 
     Args:
+        home: An empty directory for its disk, which is taken away with it.
         filled: Whether its RAM has no zero pages, so that a save takes a while.
         tick_ms: How long it waits between ticks.
         devices: More of them, in libvirt's XML; ``{home}`` is the directory of its disk.
     """
-    disk = ticker_disk(libvirtd, instance_id, fill_end_mb=memory_mb - 16 if filled else 0, tick_ms=tick_ms)
+    fill_end_mb = memory_mb - 16 if filled else 0
+    home = home or libvirtd.new_home()
+    disk = ticker_disk(libvirtd, home / f"{instance_id}.qcow2", fill_end_mb=fill_end_mb, tick_ms=tick_ms)
     log = disk.with_suffix(".log")
-    xml = domain_xml(instance_id, disk, log, memory_mb=memory_mb, devices=devices.replace("{home}", str(disk.parent)))
+    xml = domain_xml(instance_id, disk, log, memory_mb=memory_mb, devices=devices.replace("{home}", str(home)))
     connection = libvirt.open(libvirtd.uri)
     try:
         domain = connection.defineXML(xml)
@@ -178,4 +205,4 @@ def _take_away(guest: LibvirtGuest) -> None:
         with suppress(libvirt.libvirtError):
             domain.destroy()
         domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
-    shutil.rmtree(guest.disk.parent)
+    shutil.rmtree(guest.disk.parent, ignore_errors=True)  # it may be a mount

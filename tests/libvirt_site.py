@@ -136,6 +136,12 @@ class Libvirtd:
             for one in (path, *path.rglob("*")):
                 os.chown(one, NOBODY, NOBODY)
 
+    def new_home(self) -> Path:
+        """An empty directory that libvirt's user may enter."""
+        home = Path(tempfile.mkdtemp(dir=self.base / "disks"))
+        self.hand_over(home)
+        return home
+
     def start(self) -> None:
         """Start it, and return once it may be spoken to.
 
@@ -191,12 +197,11 @@ def running_libvirtd() -> Iterator[Libvirtd]:
             libvirtd.end()
 
 
-def ticker_disk(libvirtd: Libvirtd, name: str, *, fill_end_mb: int = 0, tick_ms: int = 10) -> Path:
-    """A disk of that name in a directory of its own, which libvirt's user may enter."""
-    home = Path(tempfile.mkdtemp(dir=libvirtd.base / "disks"))
-    made = libvirtd.base / "disks" / f"made-{fill_end_mb}-{tick_ms}.qcow2"
+def ticker_disk(libvirtd: Libvirtd, disk: Path, *, fill_end_mb: int = 0, tick_ms: int = 10) -> Path:
+    """Make *disk*, for libvirt's user."""
+    made = libvirtd.base / f"made-{fill_end_mb}-{tick_ms}.qcow2"
     if not made.exists():
         make_disk(made, fill_end_mb=fill_end_mb, tick_ms=tick_ms)
-    disk = Path(shutil.copy(made, home / f"{name}.qcow2"))
-    libvirtd.hand_over(home)
+    shutil.copy(made, disk)
+    libvirtd.hand_over(disk.parent)
     return disk
