@@ -18,6 +18,7 @@ from hypemand.core.model import InstanceId
 from tests.libvirt_site import Libvirtd, domain_xml, running_libvirtd, ticker_disk
 
 BOOT_PATIENCE_S = 30
+_WITH_ALL = libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
 RUNNING = (libvirt.VIR_DOMAIN_RUNNING, 5)
 """Running, unpaused."""
 SAVING = (libvirt.VIR_DOMAIN_PAUSED, Pause.SAVE)
@@ -123,6 +124,22 @@ class LibvirtGuest:
             while tuple(domain.state()) not in states:
                 await trio.sleep(0.005)
 
+    async def saved(self) -> None:
+        """Wait until QEMU is through with a save whose libvirtd was killed.
+
+        libvirt 9.0 that is started before takes QEMU's late answer for that to
+        a question of its own, can make nothing of it, and ends the guest.
+        """
+        with trio.fail_after(BOOT_PATIENCE_S):
+            while not self._has_tags():
+                await trio.sleep(0.05)
+        await trio.sleep(0.3)
+
+    def _has_tags(self) -> bool:
+        with suppress(subprocess.CalledProcessError):
+            return bool(self.tags())
+        return False
+
     def put_aside(self) -> None:
         """Pause it, so that it takes no time from anybody."""
         if self.libvirtd.process.poll() is not None:
@@ -204,5 +221,5 @@ def _take_away(guest: LibvirtGuest) -> None:
     with suppress(libvirt.libvirtError), guest.domain() as domain:
         with suppress(libvirt.libvirtError):
             domain.destroy()
-        domain.undefineFlags(libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA)
+        domain.undefineFlags(_WITH_ALL)
     shutil.rmtree(guest.disk.parent, ignore_errors=True)  # it may be a mount

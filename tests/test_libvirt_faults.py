@@ -59,7 +59,7 @@ async def test_a_guest_runs_again_as_soon_as_a_killed_libvirtd_is_back_and_nothi
             request, errors = await in_mid_capture(big, backend, nursery)
             big.libvirtd.kill()
             ticks = len(big.ticks())
-            await trio.sleep(1)
+            await big.saved()
             assert len(big.ticks()) <= ticks + 1
             big.libvirtd.start()
         (error,) = errors
@@ -83,6 +83,7 @@ async def test_another_process_finds_the_guest_frozen_by_a_killed_libvirtd_and_s
     async with backend_of(big.libvirtd.uri) as other:
         with pytest.raises(BackendUnavailable):
             await settle(other, request)
+        await big.saved()
         big.libvirtd.start()
         status = await other.state(WEB)
         assert (status.state, status.detail[:4]) == (InstanceState.PAUSED, "save")

@@ -87,6 +87,8 @@ class Capturing:
         disks = read_disks(read_xml(domain.XMLDesc()))
         check_capturable(disks)
         standby = request.kind is SnapshotKind.STANDBY
+        if bool(domain.isActive()) != standby:
+            raise CaptureFailed(f"the guest was {'shut off' if standby else 'started'} since its run began")
         note = new_note(request, memory_in_use(domain) if standby else 0)
         document = new_document(request, note, parts_of(disks))
         paused = pause_of(domain) is not None

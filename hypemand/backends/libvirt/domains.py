@@ -69,8 +69,13 @@ def _reason(number: int) -> Pause:
 
 
 def is_busy(domain: libvirt.virDomain) -> bool:
-    """Whether libvirt is at something longer with it: a snapshot, a save, a migration."""
-    return domain.controlInfo()[0] == libvirt.VIR_DOMAIN_CONTROL_JOB
+    """Whether libvirt is at something longer with it while it runs: a snapshot, a save, a migration."""
+    return control_of(domain) == libvirt.VIR_DOMAIN_CONTROL_JOB
+
+
+def control_of(domain: libvirt.virDomain) -> int | None:
+    """What libvirt has to do with its QEMU at the moment; None where there is no QEMU."""
+    return domain.controlInfo()[0] if domain.isActive() else None
 
 
 def status_of(domain: libvirt.virDomain) -> Status:

@@ -10,7 +10,7 @@ import structlog
 from hypemand.backends.base import BackendUnavailable, Preparation, Room
 from hypemand.backends.libvirt.disks import Disk, check_capturable, check_firmware, has_uefi_variables, read_disks
 from hypemand.backends.libvirt.documents import read_xml
-from hypemand.backends.libvirt.domains import find_domain
+from hypemand.backends.libvirt.domains import control_of, find_domain
 from hypemand.core.model import InstanceId, SnapshotKind
 
 _MEMORY_MARGIN = 64 * 1024 * 1024
@@ -55,12 +55,12 @@ def prepare(connection: libvirt.virConnect, instance: InstanceId, kind: Snapshot
 
 def _check_alone(domain: libvirt.virDomain, disks: Sequence[Disk]) -> None:
     """Raise `BackendUnavailable` where somebody else has libvirt at work on this guest."""
-    control = domain.controlInfo()[0]
+    control = control_of(domain)
     if control == libvirt.VIR_DOMAIN_CONTROL_ERROR:
         raise BackendUnavailable("libvirt has lost contact with the guest's QEMU")
     if control == libvirt.VIR_DOMAIN_CONTROL_JOB:
         raise BackendUnavailable("libvirt is at somebody else's work on this guest: a save, a snapshot or a migration")
-    if domain.isActive():
+    if control is not None:
         for disk in disks:
             if disk.writable and domain.blockJobInfo(disk.name):
                 raise BackendUnavailable(
