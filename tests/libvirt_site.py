@@ -52,6 +52,10 @@ _DOMAIN = """
 """
 
 
+class NotStarted(Exception):
+    """The libvirtd does not come up."""
+
+
 def missing_parts() -> str:
     """What of libvirt is not there; empty: nothing."""
     missing = [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
@@ -146,7 +150,7 @@ class Libvirtd:
         """Start it, and return once it may be spoken to.
 
         Raises:
-            RuntimeError: It ended at once, or says nothing; with its last words.
+            NotStarted: It ended at once, or says nothing; with its last words.
         """
         program = shutil.which("libvirtd", path=PATH) or "libvirtd"
         self.socket.unlink(missing_ok=True)  # of one that was killed
@@ -158,7 +162,7 @@ class Libvirtd:
         while not self.socket.exists():
             if self.process.poll() is not None or time.monotonic() > until:
                 lines = self.log.read_text(errors="replace").splitlines() or ["it says nothing"]
-                raise RuntimeError(f"libvirtd does not start: {lines[-1]}")
+                raise NotStarted(f"libvirtd does not start: {lines[-1]}")
             time.sleep(_POLL_S)
 
     def kill(self) -> None:
