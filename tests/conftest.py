@@ -1,5 +1,6 @@
 """Set up for every test."""
 
+import fnmatch
 import logging
 import os
 import sys
@@ -12,7 +13,7 @@ import structlog.testing
 from hypothesis import settings
 from structlog.typing import EventDict
 
-from tests.libvirt_site import require_libvirt
+from tests.libvirt_site import is_required, missing_parts, require_libvirt
 from tests.processes import TOLD
 from tests.qemu_guest import require_qemu
 from tests.systemd_box import require_systemd
@@ -39,6 +40,23 @@ LONG = (
 
 ONE_AT_A_TIME = ("test_qemu_faults.py",)
 """Files whose tests would disturb each other: all of them keep the disk busy, and look whether others are on time."""
+
+
+OF_LIBVIRT = "test_libvirt*.py"
+"""Files that import libvirt's binding, which may not be there."""
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what can't even be imported, unless it is required."""
+    if fnmatch.fnmatch(collection_path.name, OF_LIBVIRT) and not is_required() and missing_parts():
+        return True
+    return None
+
+
+def pytest_report_header() -> str | None:
+    """Tell what is left out so."""
+    missing = missing_parts()
+    return f"{OF_LIBVIRT} and some of test_contract.py are left out: {missing} not found" if missing else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

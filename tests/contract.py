@@ -4,14 +4,16 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hypemand.backends import registry
 from hypemand.backends.base import Backend, Surroundings
 from hypemand.conformance import Subject
 from hypemand.core.model import InstanceId
-from tests.libvirt_guest import LibvirtGuest, shared_guest
 from tests.qemu_guest import Guest, running_guest
+
+if TYPE_CHECKING:
+    from tests.libvirt_guest import LibvirtGuest
 
 
 class EmbeddedSubject(Subject):
@@ -94,7 +96,7 @@ async def qemu_subject(directory: Path, mode: str = "internal") -> AsyncIterator
 class LibvirtSubject(Subject):
     """A real libvirtd; the operator is another client of it, and unreachable is one that has been killed."""
 
-    def __init__(self, directory: Path, guest: LibvirtGuest) -> None:
+    def __init__(self, directory: Path, guest: "LibvirtGuest") -> None:
         self._guest = guest
         self.instance = guest.instance_id
         self.surroundings = Surroundings(directory / "state")
@@ -124,6 +126,8 @@ class LibvirtSubject(Subject):
 
 @asynccontextmanager
 async def libvirt_subject(directory: Path) -> AsyncIterator[Subject]:
+    from tests.libvirt_guest import shared_guest  # noqa: PLC0415 - libvirt's binding may not be there
+
     with shared_guest() as guest:
         subject = LibvirtSubject(directory, guest)
         await subject.backend.open(first_use=True)
