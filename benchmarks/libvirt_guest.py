@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 
 import trio
@@ -67,21 +67,34 @@ async def virsh_way(directory: Path, *, memory_mb: int) -> AsyncIterator[Way]:
     """
     if any(shutil.which(program, path=PATH) is None for program in ("virsh", "libvirtd")):
         raise NotMeasuredError("libvirt is not installed")
-    try:
-        with running_libvirtd() as libvirtd:
-            await _can_do_qemu(libvirtd)
-            socket, serial = libvirtd.base / "ruler.sock", libvirtd.base / "serial.log"
-            await _start_guest(libvirtd, directory, socket, serial, memory_mb)
-            async with dial(socket) as monitor:
-                stage = Stage(monitor, serial, libvirtd.pid_of(_NAME))
-                await stage.ticks()
-                try:
-                    yield Virsh(stage, libvirtd)
-                finally:
-                    with trio.move_on_after(_END_S, shield=True), suppress(RefusedError):
-                        await virsh(libvirtd, "destroy", _NAME)
-    except NotStarted as error:
-        raise RefusedError(str(error)) from error
+    async with ruled_guest(directory, name=_NAME, memory_mb=memory_mb) as (libvirtd, stage):
+        yield Virsh(stage, libvirtd)
+
+
+@asynccontextmanager
+async def ruled_guest(directory: Path, *, name: str, memory_mb: int) -> AsyncIterator[tuple[Libvirtd, Stage]]:
+    """A guest called *name* under a libvirtd of its own, until the end of the block, and its stage.
+
+    Raises:
+        NotMeasuredError: It is without its qemu driver.
+        RefusedError: It does not start.
+    """
+    with ExitStack() as stack:
+        try:
+            libvirtd = stack.enter_context(running_libvirtd())
+        except NotStarted as error:
+            raise RefusedError(str(error)) from error
+        await _can_do_qemu(libvirtd)
+        socket, serial = libvirtd.base / "ruler.sock", libvirtd.base / "serial.log"
+        await _start_guest(libvirtd, directory, socket, serial, name=name, memory_mb=memory_mb)
+        async with dial(socket) as monitor:
+            stage = Stage(monitor, serial, libvirtd.pid_of(name))
+            await stage.ticks()
+            try:
+                yield libvirtd, stage
+            finally:
+                with trio.move_on_after(_END_S, shield=True), suppress(RefusedError):
+                    await virsh(libvirtd, "destroy", name)
 
 
 async def _can_do_qemu(libvirtd: Libvirtd) -> None:
@@ -94,12 +107,15 @@ async def _can_do_qemu(libvirtd: Libvirtd) -> None:
         raise
 
 
-async def _start_guest(libvirtd: Libvirtd, directory: Path, socket: Path, serial: Path, memory_mb: int) -> None:
+async def _start_guest(
+    libvirtd: Libvirtd, directory: Path, socket: Path, serial: Path, *, name: str, memory_mb: int
+) -> None:
     home = directory / "libvirt"
     home.mkdir()
-    disk = ticker_disk(libvirtd, home / f"{_NAME}.qcow2", fill_end_mb=memory_mb - 16)
+    disk = ticker_disk(libvirtd, home / f"{name}.qcow2", fill_end_mb=memory_mb - 16)
     domain = libvirtd.base / "domain.xml"
     extra = _MONITOR.format(socket=socket)
-    domain.write_text(domain_xml(_NAME, disk, serial, memory_mb=memory_mb, extra=extra))
+    domain.write_text(domain_xml(name, disk, serial, memory_mb=memory_mb, extra=extra))
     domain.chmod(0o644)
-    await virsh(libvirtd, "create", str(domain))
+    await virsh(libvirtd, "define", str(domain))
+    await virsh(libvirtd, "start", name)
