@@ -10,6 +10,8 @@ from hypemand.backends import registry
 from hypemand.backends.base import Backend, Surroundings
 from hypemand.conformance import Subject
 from hypemand.core.model import InstanceId
+from tests.hypeman_server.answers import SLOW
+from tests.hypeman_site import WEB, Site, running_server
 from tests.qemu_guest import Guest, running_guest
 
 if TYPE_CHECKING:
@@ -130,5 +132,48 @@ async def libvirt_subject(directory: Path) -> AsyncIterator[Subject]:
 
     with shared_guest() as guest:
         subject = LibvirtSubject(directory, guest)
+        await subject.backend.open(first_use=True)
+        yield subject
+
+
+class HypemanSubject(Subject):
+    """A Hypeman server; the operator is at its VMM's own socket, and unreachable is a server that is down."""
+
+    def __init__(self, directory: Path, site: Site) -> None:
+        self._site = site
+        self.instance = WEB
+        self.catalog = directory / "catalog"
+        self.surroundings = Surroundings(directory / "state")
+        self.backend = registry.connect("cloud", site.connection(directory), self.surroundings)
+        slow = site.connection(directory, prefix=SLOW)
+        self.slow_backend = registry.connect("cloud", slow, self.surroundings)
+
+    async def guest_runs(self) -> bool:
+        return self._site.state() == "Running"
+
+    async def operator_pauses(self) -> None:
+        self._site.set_state("Paused")
+
+    async def operator_resumes(self) -> None:
+        self._site.set_state("Running")
+
+    async def go_away(self) -> None:
+        await self._site.kill()
+
+    async def come_back(self) -> None:
+        await self._site.start()
+
+    async def leftovers(self) -> list[str]:
+        """Also what the server keeps for a run, and hypemand does not list."""
+        assert self.catalog is not None
+        catalogued = {manifest.parent.name for manifest in self.catalog.glob("*/[!.]*/manifest.json")}
+        made = [str(one["tags"]["hypemand.run_id"]) for one in self._site.snapshots()]
+        return [*await super().leftovers(), *(run for run in made if run not in catalogued)]
+
+
+@asynccontextmanager
+async def hypeman_subject(directory: Path) -> AsyncIterator[Subject]:
+    async with running_server(directory) as site:
+        subject = HypemanSubject(directory, site)
         await subject.backend.open(first_use=True)
         yield subject

@@ -6,7 +6,7 @@ import pytest
 
 from hypemand.conformance import Traits, conformance
 from hypemand.core.model import Freezer
-from tests.contract import embedded_subject, libvirt_subject, qemu_subject
+from tests.contract import embedded_subject, hypeman_subject, libvirt_subject, qemu_subject
 
 test_embedded = conformance(embedded_subject, Traits(catalog=True))
 
@@ -15,3 +15,4 @@ test_qemu = pytest.mark.qemu(conformance(qemu_subject, Traits(freezes=Freezer.HY
 test_qemu_background = pytest.mark.qemu(conformance(partial(qemu_subject, mode="background"), Traits(catalog=True)))
 
 test_libvirt = pytest.mark.libvirt(conformance(libvirt_subject, Traits(freezes=Freezer.HYPERVISOR)))
+test_hypeman = conformance(hypeman_subject, Traits(freezes=Freezer.HYPERVISOR, catalog=True, pauses=False))

@@ -15,6 +15,7 @@ from hypemand.core.structure import new_converter, structure
 
 BUILT_IN = {
     "embedded": "hypemand.backends.embedded",
+    "hypeman": "hypemand.backends.hypeman",
     "libvirt": "hypemand.backends.libvirt",
     "qemu": "hypemand.backends.qemu",
 }
