@@ -10,6 +10,7 @@ import ctypes
 import itertools
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -81,12 +82,12 @@ class Catalog:
 
     Attributes:
         mode: Of the directories that are made.
-        group: To which they belong; None: as the filesystem has it.
+        group: To which they belong, a name or a number; None: as the filesystem has it.
     """
 
     root: Path
     mode: int = 0o700
-    group: int | None = None
+    group: str | None = None
 
     def open(self, *, first_use: bool) -> None:
         """Make the directory and its marker on first use; afterwards only look for them.
@@ -153,10 +154,13 @@ class Catalog:
     def _open_up(self, directory: Path) -> None:
         """For a hypervisor that runs as another user."""
         if self.group is not None:
-            with contextlib.suppress(
-                OSError
-            ):  # in a user namespace a directory has the group of the one above, or none
-                os.chown(directory, -1, self.group)
+            try:
+                shutil.chown(directory, group=int(self.group) if self.group.isdecimal() else self.group)
+            except LookupError as error:
+                raise BackendUnavailable(f"there is no group {self.group!r} here: see snapshot_group") from error
+            except OSError:  # in a user namespace a directory can have the group of the one above alone
+                if not directory.stat().st_mode & stat.S_ISGID:
+                    raise
         if self.mode != 0o700:
             directory.chmod(self.mode)
 

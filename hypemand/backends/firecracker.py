@@ -23,6 +23,10 @@ from hypemand.core.model import InstanceState, RestoreAction, RestoreStep
 
 MEMORY, STATE = "memory", "state"
 _FULL = "Full"
+_TRACKED = (
+    "it tracks its dirty pages, and a snapshot by hypemand begins that anew: a diff snapshot that somebody takes later"
+    " has only what changed since"
+)
 _MIB = 1 << 20
 _STATES = {
     "Not started": InstanceState.CREATED,
@@ -121,6 +125,7 @@ def _machine(config: Mapping[str, Any]) -> Machine:
     return Machine(
         drives=(*map(_drive, tables(config.get("drives"))), *map(_pmem, tables(config.get("pmem")))),
         memory_bytes=mebibytes * _MIB,
+        warnings=(_TRACKED,) if table(config.get("machine-config")).get("track_dirty_pages") else (),
     )
 
 

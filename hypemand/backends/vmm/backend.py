@@ -120,7 +120,7 @@ class VmmBackend:
             _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
             self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
         snapshot = await self.guests.in_thread(self._settle_snapshot, run)
-        self._capturing.forget(run.instance_id, run.run_id)
+        self._capturing.forget(run.instance_id)
         resumed = run.run_id in self._found_frozen
         self._found_frozen.discard(run.run_id)
         return Settled(snapshot, resumed=resumed)
@@ -158,4 +158,5 @@ def build(
     """A backend of *dialect*. Does no I/O."""
     settings = absolute(settings, surroundings.state_dir / "catalog" / name)
     assert settings.snapshot_dir is not None
-    return VmmBackend(name, Guests(dialect, settings, Catalog(settings.snapshot_dir, settings.mode), chroot))
+    catalog = Catalog(settings.snapshot_dir, settings.mode, settings.snapshot_group)
+    return VmmBackend(name, Guests(dialect, settings, catalog, chroot))

@@ -5,7 +5,6 @@ can, at the end of the freeze budget; and only then has the VMM done with what
 the guest had asked of its disks.
 """
 
-import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +31,8 @@ from hypemand.backends.vmm.manifest import DISKS, Contents, Way, manifest_of
 from hypemand.backends.vmm.rights import Writer, seal
 from hypemand.core.model import InstanceId, InstanceState, Snapshot, SnapshotKind
 
+ROOM = "room"
+"""A file of a snapshot that is built: it holds the room for what is still in another filesystem."""
 _log = structlog.get_logger()
 
 
@@ -72,31 +73,35 @@ class Capturing:
     guests: Guests
     paused: dict[InstanceId, str] = Factory(dict)
     _ready: dict[InstanceId, Ready] = Factory(dict)
-    _taken: dict[str, Taken] = Factory(dict)
+    _taken: dict[InstanceId, Taken] = Factory(dict)
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Have the directories there, and know the VMM."""
         if self._is_ready(instance, request) or self.paused.get(instance) == request.run_id:
             return
-        look = await self.guests.dialect.look(self.guests.client(instance))
+        look, machine = await self.guests.dialect.inspect(self.guests.client(instance))
         if look.state is not InstanceState.RUNNING:
             raise InvalidState(f"instance is {_told(look)}: only a running one can be paused")
-        await self._make_ready(instance, request)
+        await self._make_ready(instance, request, machine)
 
     def _is_ready(self, instance: InstanceId, request: CaptureRequest) -> bool:
         ready = self._ready.get(instance)
         return ready is not None and ready.request.run_id == request.run_id
 
-    async def _make_ready(self, instance: InstanceId, request: CaptureRequest) -> Ready:
+    async def _make_ready(self, instance: InstanceId, request: CaptureRequest, machine: Machine) -> Ready:
         identity = await self.guests.dialect.identify(self.guests.client(instance))
         try:
-            ready = await self.guests.in_thread(self._make_directories, instance, request, identity)
+            ready = await self.guests.in_thread(
+                self._make_directories, instance, request, identity, machine.memory_bytes
+            )
         except BackendUnavailable as error:
             raise CaptureFailed(f"the capture can't be made ready: {error}") from error
         self._ready[instance] = ready
         return ready
 
-    def _make_directories(self, instance: InstanceId, request: CaptureRequest, identity: Identity) -> Ready:
+    def _make_directories(
+        self, instance: InstanceId, request: CaptureRequest, identity: Identity, memory_bytes: int
+    ) -> Ready:
         writer = self.guests.writer(instance)
         partial = self.guests.catalog.begin(instance, request.run_id)
         (partial / DISKS).mkdir(mode=0o700)
@@ -104,6 +109,8 @@ class Capturing:
         if saving.parent != partial:
             (partial / SAVED).mkdir(mode=0o700)
             self.guests.drop_saving(instance, request.run_id)
+            if saving.parent.stat().st_dev != partial.stat().st_dev:
+                _reserve(partial / ROOM, memory_bytes)
         writer.make_directory(saving)
         return Ready(request, partial, saving, writer, identity)
 
@@ -153,10 +160,10 @@ class Capturing:
         if request.kind is SnapshotKind.STOPPED:
             return await self._capture_stopped(instance, request)
         client, dialect = self.guests.client(instance), self.guests.dialect
-        ready = (
-            self._ready[instance] if self._is_ready(instance, request) else await self._make_ready(instance, request)
-        )
         machine = await self._inspect(client)
+        if not self._is_ready(instance, request):
+            await self._make_ready(instance, request, machine)
+        ready = self._ready[instance]
         copied = await self._disks(instance, machine)
         try:
             await dialect.save(client, self.guests.view(instance).name_of(ready.saving))
@@ -187,7 +194,7 @@ class Capturing:
         """Know what the snapshot consists of; it is written down once the guest runs."""
         saved = await self.guests.in_thread(_sizes, taken.ready.saving)
         self._ready.pop(instance, None)
-        self._taken[taken.ready.request.run_id] = taken
+        self._taken[instance] = taken
         return Captured(self._manifest(instance, taken, saved).snapshot())
 
     def _manifest(self, instance: InstanceId, taken: Taken, saved: dict[str, int]) -> Manifest:
@@ -205,7 +212,7 @@ class Capturing:
     async def complete(self, captured: Captured) -> Captured:
         """Take back what the VMM has written, and write the manifest."""
         snapshot = captured.snapshot
-        taken = self._taken.pop(snapshot.id)
+        taken = self._taken.pop(snapshot.instance_id)
         saved: dict[str, int] = {}
         if snapshot.kind is SnapshotKind.STANDBY:
             saved = await self.guests.in_thread(seal, taken.ready.saving)
@@ -228,6 +235,7 @@ class Capturing:
         if ready.saving.parent == ready.partial:
             return
         target = ready.partial / SAVED
+        await self.guests.in_thread((ready.partial / ROOM).unlink, missing_ok=True)
         for name in await self.guests.in_thread(os.listdir, ready.saving):
             if not await self.guests.in_thread(_moved, ready.saving / name, target / name):
                 await copy_file(ready.saving / name, target / name)
@@ -241,10 +249,13 @@ class Capturing:
         sizes = await files.copy_disks(found, partial / DISKS, request.meter, None)
         if signs != await self.guests.in_thread(files.signs_of, found):
             raise CaptureFailed("a disk was written to while it was copied: something uses the disks of this guest")
-        await self._unused_disks(instance)
+        try:
+            await self._unused_disks(instance)
+        except BackendUnavailable as error:
+            raise CaptureFailed(f"its disks were copied, but may have been in use: {error}") from error
         ready = Ready(request, partial, partial / SAVED, Writer(None), Identity())
         taken = Taken(ready, Machine((), 0), found, sizes)
-        self._taken[request.run_id] = taken
+        self._taken[instance] = taken
         return Captured(self._manifest(instance, taken, {}).snapshot())
 
     def _begin(self, instance: InstanceId, request: CaptureRequest) -> Path:
@@ -259,21 +270,21 @@ class Capturing:
             paths = await self.guests.files_of_stopped(instance, absent)
         else:
             raise CaptureFailed(f"instance is {_told(look)} now, it was Stopped when its run began")
-        found = await self.guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
-        if used := await self.guests.in_thread(files.locked, found):
-            raise CaptureFailed(f"a process has locked {', '.join(used)}: the guest runs, though its socket is gone")
-        return found
+        return await self.guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
 
-    def forget(self, instance: InstanceId, run_id: str) -> None:
+    def forget(self, instance: InstanceId) -> None:
         """Let go of what was made ready for a capture that is over, or never came."""
-        self._taken.pop(run_id, None)
-        with contextlib.suppress(KeyError):
-            if self._ready[instance].request.run_id == run_id:
-                del self._ready[instance]
+        self._taken.pop(instance, None)
+        self._ready.pop(instance, None)
 
 
 def _told(look: Look) -> str:
     return f"{look.state} ({look.detail})" if look.detail else str(look.state)
+
+
+def _reserve(path: Path, size: int) -> None:
+    with path.open("xb") as file:
+        os.posix_fallocate(file.fileno(), 0, max(size, 1))
 
 
 def _sizes(directory: Path) -> dict[str, int]:

@@ -96,6 +96,10 @@ class Client:
         """Whether the process that gave the last answer is known to be no more."""
         return self._process is not None and bool(select.select([self._process], [], [], 0)[0])
 
+    def is_alive(self) -> bool:
+        """Whether that process is there, whatever has become of its socket. The first one only passes sockets on."""
+        return self._process is not None and not self.has_ended() and self.peer is not None and self.peer.pid != 1
+
     async def get(self, path: str) -> Any:
         """What *path* has, as JSON. Asked twice where the VMM has closed the connection meanwhile."""
         try:

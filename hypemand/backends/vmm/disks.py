@@ -1,6 +1,7 @@
 """The disks of a guest, as files of this host, and copies of them. What is not async is blocking."""
 
 import fcntl
+import math
 import os
 import stat
 import struct
@@ -9,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import trio
-from attrs import frozen
+from attrs import Factory, frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Unsupported
 from hypemand.backends.copying import copy_file
@@ -22,6 +23,9 @@ _HEADER = struct.Struct(">4sIQI")
 _LONGEST_NAME = 1023
 """Of a backing file, in a qcow2 header."""
 _FLOCK = "hhqqi4x"
+AT_ONCE = 4
+"""So many disks of a guest are copied at the same time."""
+TELL_S = 0.1
 
 
 @frozen
@@ -110,9 +114,9 @@ def _sign(status: os.stat_result) -> Sign:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def locked(disks: Iterable[Disk]) -> list[str]:
+def locked(disks: Iterable[Path]) -> list[str]:
     """Those of *disks* that a process has locked for writing, as Cloud Hypervisor does since version 46."""
-    return [str(disk.file) for disk in disks if _is_locked(disk.file)]
+    return [str(file) for file in disks if _is_locked(file)]
 
 
 def _is_locked(file: Path) -> bool:
@@ -133,7 +137,7 @@ def named(disks: Sequence[Disk]) -> Iterator[tuple[str, Disk]]:
 
 
 async def copy_disks(disks: Sequence[Disk], directory: Path, meter: Meter, deadline: float | None) -> dict[str, int]:
-    """Copy *disks* into *directory*, one after the other.
+    """Copy *disks* into *directory*, some at a time: together they take half as long as one after the other.
 
     Args:
         deadline: On trio's clock; then the copies are ended.
@@ -145,13 +149,63 @@ async def copy_disks(disks: Sequence[Disk], directory: Path, meter: Meter, deadl
         CaptureFailed: With the reason, and at the deadline.
     """
     meter.total_bytes = sum(disk.data_bytes for disk in disks)
-    with trio.CancelScope(deadline=float("inf") if deadline is None else deadline):
-        return {name: await copy_file(disk.file, directory / name, meter=meter) for name, disk in named(disks)}
+    copies = Copies(directory, meter)
+    with trio.CancelScope(deadline=math.inf if deadline is None else deadline):
+        await copies.make(disks)
+        return copies.sizes
     raise CaptureFailed(
         f"the guest's freeze budget was over when {format_size(meter.done_bytes)} of {format_size(meter.total_bytes)}"
         " of its disks were copied: raise its max_freeze, or have disks and snapshots on one filesystem that can"
         " reflink (XFS, btrfs)"
     )
+
+
+@frozen(eq=False)
+class Copies:
+    """Copies under way. Each has a meter of its own, as it has a thread.
+
+    Attributes:
+        sizes: By name, of those that are done.
+    """
+
+    directory: Path
+    meter: Meter
+    sizes: dict[str, int] = Factory(dict)
+    _meters: list[Meter] = Factory(list)
+    _failures: list[CaptureFailed] = Factory(list)
+
+    async def make(self, disks: Sequence[Disk]) -> None:
+        """Copy all, or raise the first failure."""
+        at_once = trio.Semaphore(AT_ONCE)
+        try:
+            async with trio.open_nursery() as telling:
+                telling.start_soon(self._tell)
+                async with trio.open_nursery() as nursery:
+                    for name, disk in named(disks):
+                        nursery.start_soon(self._make, name, disk, at_once, nursery.cancel_scope)
+                telling.cancel_scope.cancel()
+        finally:
+            self._sum_up()
+        if self._failures:
+            raise self._failures[0]
+
+    async def _make(self, name: str, disk: Disk, at_once: trio.Semaphore, others: trio.CancelScope) -> None:
+        meter = Meter()
+        self._meters.append(meter)
+        async with at_once:
+            try:
+                self.sizes[name] = await copy_file(disk.file, self.directory / name, meter=meter)
+            except CaptureFailed as error:
+                self._failures.append(error)
+                others.cancel()
+
+    async def _tell(self) -> None:
+        while True:
+            self._sum_up()
+            await trio.sleep(TELL_S)
+
+    def _sum_up(self) -> None:
+        self.meter.done_bytes = sum(meter.done_bytes for meter in self._meters)
 
 
 def why_not_writable(directory: Path) -> str | None:

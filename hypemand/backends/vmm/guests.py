@@ -16,6 +16,7 @@ from hypemand.backends.questions import Questions
 from hypemand.backends.templates import filled
 from hypemand.backends.vmm.client import Client, SocketAbsent
 from hypemand.backends.vmm.dialect import Dialect
+from hypemand.backends.vmm.disks import locked
 from hypemand.backends.vmm.rights import Writer, group_id
 from hypemand.backends.vmm.settings import VmmSettings
 from hypemand.backends.vmm.views import View
@@ -76,9 +77,14 @@ class Guests:
         """The disks of a guest at whose socket nobody listens. Without any, nothing is known of it.
 
         Raises:
-            BackendUnavailable: There are none.
+            BackendUnavailable: There are none, or its VMM runs all the same.
         """
-        files = await self.in_thread(self.settings.disks_of, checked(instance))
+        client = self.client(instance)
+        if client.peer is not None and client.is_alive():
+            raise BackendUnavailable(f"{absent}; but its VMM runs (process {client.peer.pid})") from absent
+        files = await self.in_thread(self.settings.disks_of, instance)
+        if used := await self.in_thread(locked, files):
+            raise BackendUnavailable(f"{absent}; but a process has locked {', '.join(used)}") from absent
         if files:
             return files
         if not self.settings.disks:
