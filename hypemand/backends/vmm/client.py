@@ -26,6 +26,8 @@ from hypemand.backends.questions import Questions
 if TYPE_CHECKING:
     import httpx2
 
+AT_ONCE = 4
+"""Connections to one VMM: both take ten in all, and refuse others."""
 MOST_BYTES = 8 << 20
 """No answer of a VMM is longer than that."""
 SAID_CHARS = 600
@@ -199,7 +201,7 @@ def _new_link(path: Path, identity: tuple[int, int]) -> _Link:
     transport = httpx2.AsyncHTTPTransport(
         uds=reached,
         verify=False,
-        limits=httpx2.Limits(max_connections=None, max_keepalive_connections=1, keepalive_expiry=None),
+        limits=httpx2.Limits(max_connections=AT_ONCE, max_keepalive_connections=1, keepalive_expiry=None),
     )
     http = httpx2.AsyncClient(
         transport=transport,
@@ -212,11 +214,15 @@ def _new_link(path: Path, identity: tuple[int, int]) -> _Link:
 
 
 async def _read(response: "httpx2.Response", socket: Path) -> bytes:
+    announced = response.headers.get("Content-Length", "0")
+    too_long = not announced.isdecimal() or int(announced) > MOST_BYTES
     data = bytearray()
-    async for chunk in response.aiter_raw():
-        data += chunk
-        if len(data) > MOST_BYTES:
-            raise BackendUnavailable(f"{socket} gives an answer of more than {MOST_BYTES >> 20} MiB: is that a VMM?")
+    if not too_long:
+        async for chunk in response.aiter_raw():  # to its end: broken off, its connection would not be closed in order
+            if len(data) <= MOST_BYTES:
+                data += chunk
+    if too_long or len(data) > MOST_BYTES:
+        raise BackendUnavailable(f"{socket} gives an answer of more than {MOST_BYTES >> 20} MiB: is that a VMM?")
     return bytes(data)
 
 
