@@ -480,6 +480,19 @@ async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(
         assert (len(site.requests(SNAPSHOTS)), site.requests(RESTORE)) == (1, [])
 
 
+async def test_a_guest_that_the_server_is_just_about_to_bring_back_is_its_own_business(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+        site.be_hasty()
+        site.fault(SNAPSHOTS, takes_s=0.5)
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.state() == "Standby", "the capture")
+        other = site.backend(tmp_path)  # another process, which knows nothing of the request that is under way
+        settled = await settle(other, new_request())
+        assert settled.snapshot is not None
+        assert (settled.resumed, site.state(), len(site.requests(RESTORE))) == (False, "Running", 1)
+        await other.aclose()
+
+
 async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         site.fault(SNAPSHOTS, restore_fails=True)
