@@ -33,6 +33,7 @@ import structlog
 import trio
 
 from benchmarks.engine_freeze import EngineReport, EngineRounds
+from benchmarks.engine_hypeman import HypemanSubject
 from benchmarks.engine_libvirt import LibvirtSubject
 from benchmarks.engine_subjects import SUBJECTS
 from benchmarks.freeze_options import Options, parse_options
@@ -100,7 +101,7 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 async def _measure_engine(options: Options, directory: Path) -> EngineReport:
     async with AsyncExitStack() as stack:
-        openers = [*SUBJECTS, *(() if missing_parts() else [LibvirtSubject.running])]
+        openers = [*SUBJECTS, HypemanSubject.running, *(() if missing_parts() else [LibvirtSubject.running])]
         subjects = [await stack.enter_async_context(opener(directory)) for opener in openers]
         return await EngineRounds(subjects, options.runs).measure(Lab(directory))
 
