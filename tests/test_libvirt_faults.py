@@ -78,6 +78,15 @@ async def test_a_guest_runs_again_as_soon_as_a_killed_libvirtd_is_back_and_nothi
     await big.next_ticks()
 
 
+async def state_of(backend: Backend) -> Status:
+    """The guest's state, once a libvirtd that has just been started is through with looking at its guests."""
+    with trio.fail_after(10):
+        while True:
+            with suppress(BackendUnavailable):
+                return await backend.state(WEB)
+            await trio.sleep(0.02)
+
+
 async def test_another_process_finds_the_guest_frozen_by_a_killed_libvirtd_and_settles_the_run(
     big: LibvirtGuest,
 ) -> None:
@@ -90,7 +99,7 @@ async def test_another_process_finds_the_guest_frozen_by_a_killed_libvirtd_and_s
             await settle(other, request)
         await big.saved()
         big.libvirtd.start()
-        status = await other.state(WEB)
+        status = await state_of(other)
         assert (status.state, status.detail[:4]) == (InstanceState.PAUSED, "save")
         assert await settle(other, request) == Settled(resumed=True)
         assert await other.state(WEB) == Status(InstanceState.RUNNING)
