@@ -32,12 +32,17 @@ from pathlib import Path
 import structlog
 import trio
 
+from benchmarks.engine_freeze import EngineReport, EngineRounds
+from benchmarks.engine_libvirt import LibvirtSubject
+from benchmarks.engine_subjects import SUBJECTS
 from benchmarks.freeze_options import Options, parse_options
 from benchmarks.freeze_report import BACKGROUND, BARE, INTERNAL, TITLES, VIRSH, Report, Row
 from benchmarks.freeze_rounds import Rounds, Turn, tell
 from benchmarks.freeze_ways import QmpGuest
 from benchmarks.libvirt_guest import virsh_way
 from benchmarks.ruler import NotMeasuredError, Stage, Way, dial
+from tests.libvirt_site import missing_parts
+from tests.processes import Lab
 from tests.qemu_guest import running_guest
 
 INTERRUPTED = 130
@@ -55,19 +60,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if report is None:
         return INTERRUPTED
     print(json.dumps(report.document(), indent=2) if options.as_json else report.table())
-    return 1 if any(row.failed for row in report.rows) else 0
+    return 1 if report.failed else 0
 
 
-async def _run(options: Options) -> Report | None:
+async def _run(options: Options) -> Report | EngineReport | None:
     """The report; None when a signal came first. Either way, everything that was started has ended."""
-    report = None
+    report: Report | EngineReport | None = None
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             measuring = trio.CancelScope()
             # It listens on while things are cleared up: a second Ctrl-C must not break into that.
             nursery.start_soon(_cancel_at, signals, measuring)
             with measuring, _scratch(options.directory) as directory:
-                report = await _measure(options, directory)
+                report = await (_measure_engine if options.engine else _measure)(options, directory)
             nursery.cancel_scope.cancel()
     return report
 
@@ -91,6 +96,13 @@ def _scratch(parent: Path) -> Iterator[Path]:
             if not directory.exists():
                 break
             time.sleep(0.05)
+
+
+async def _measure_engine(options: Options, directory: Path) -> EngineReport:
+    async with AsyncExitStack() as stack:
+        openers = [*SUBJECTS, *(() if missing_parts() else [LibvirtSubject.running])]
+        subjects = [await stack.enter_async_context(opener(directory)) for opener in openers]
+        return await EngineRounds(subjects, options.runs).measure(Lab(directory))
 
 
 async def _measure(options: Options, directory: Path) -> Report:

@@ -23,6 +23,7 @@ class Options:
     directory: Path
     as_json: bool
     whole_pages: bool
+    engine: bool
 
 
 def parse_options(argv: Sequence[str] | None) -> Options:
@@ -80,6 +81,14 @@ def parse_options(argv: Sequence[str] | None) -> Options:
             " without it, a background snapshot finds them broken up by the one before"
         ),
     )
+    parser.add_argument(
+        "--engine",
+        action="store_true",
+        help=(
+            "measure something else: what runs of a daemon add to the freeze of each backend, over the bare calls of"
+            " its hypervisor; of the options above, --runs and --directory count"
+        ),
+    )
     parser.add_argument("--json", action="store_true", help="one JSON document, with every single snapshot in it")
     given = parser.parse_args(argv)
     if not given.directory.is_dir():
@@ -93,6 +102,7 @@ def parse_options(argv: Sequence[str] | None) -> Options:
         directory=given.directory.absolute(),
         as_json=given.json,
         whole_pages=given.whole_pages,
+        engine=given.engine,
     )
 
 

@@ -117,6 +117,11 @@ class Report:
         row, other = self._row(way), self._row(to)
         return row.median_ms / other.median_ms if row and other and other.median_ms else None
 
+    @property
+    def failed(self) -> bool:
+        """Whether something could not be measured that should have been."""
+        return any(row.failed for row in self.rows)
+
     def goals(self) -> tuple[Goal, ...]:
         """The goals, each with what was found."""
         size = "" if self.memory_mb == GOALS_MEMORY_MB else f" (set for {GOALS_MEMORY_MB} MB)"

@@ -27,6 +27,7 @@ from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
 from hypemand.surface.api.app import api_routes, make_app
 from hypemand.surface.api.control import Control, control_routes
+from hypemand.surface.api.imports import import_route
 from hypemand.surface.api.openapi import openapi_route
 from hypemand.surface.hooks.hooks import Hooks
 from hypemand.surface.http.access import Access, CurrentAccess
@@ -74,6 +75,7 @@ class Daemon:
     guarding: Guarding | None = field(init=False, default=None)
     metrics: Metrics | None = field(init=False, default=None)
     life: trio.CancelScope = field(init=False, factory=trio.CancelScope)
+    _is_up: trio.Event = field(init=False, factory=trio.Event)
     _reloading: trio.Lock = field(init=False, factory=trio.Lock)
     _edit_refused: bool = field(init=False, default=False)
 
@@ -105,6 +107,7 @@ class Daemon:
                 assert self.metrics is not None
                 control = Control(self.engine, self.metrics.kept.of, troubles=self._troubles)
                 self.api = self._front(self.engine, control)
+                self._is_up.set()
                 background.start_soon(self._serve_api, self.engine, self.api)
                 background.start_soon(self._tell_service, self.engine, self.api)
                 with self.engine.events.heard_by(control.hear):
@@ -138,10 +141,11 @@ class Daemon:
 
     def _front(self, engine: Engine, control: Control) -> Serving:
         assert self.metrics is not None
-        routes = [*api_routes(Requests(engine)), openapi_route(), self.metrics.route()]
+        requests = Requests(engine)
+        routes = [*api_routes(requests), openapi_route(), self.metrics.route()]
         return Serving(
             path=socket_path(self.config),
-            socket_app=make_app([*routes, *control_routes(control)]),
+            socket_app=make_app([*routes, *control_routes(control), import_route(requests)]),
             listen=self.config.api.listen,
             tcp_app=make_app(routes, self.access.client_of),
             tls=self.access.tls,
@@ -209,10 +213,11 @@ class Daemon:
         await watch_file(self.config_path, self._reload_edit, known=self.version)
 
     async def _reload_all(self) -> None:
-        if self.engine is not None:
-            async with self.service.reloading():
-                await self.engine.reread()
-                await self._reload_edit()
+        await self._is_up.wait()  # asked for during a start: what was read by then may be older
+        assert self.engine is not None
+        async with self.service.reloading():
+            await self.engine.reread()
+            await self._reload_edit()
 
     async def _reload_edit(self) -> None:
         async with self._reloading:

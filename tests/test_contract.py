@@ -8,13 +8,16 @@ import pytest
 from hypemand.conformance import Case, Traits, conformance, conformance_cases
 from hypemand.conformance.suite import run_case
 from hypemand.core.model import Freezer
-from tests.contract import embedded_subject, qemu_subject, vmm_subject
+from tests.contract import embedded_subject, hypeman_subject, libvirt_subject, qemu_subject, vmm_subject
 
 test_embedded = conformance(embedded_subject, Traits(catalog=True))
 
 test_qemu = pytest.mark.qemu(conformance(qemu_subject, Traits(freezes=Freezer.HYPERVISOR, catalog=True)))
 
 test_qemu_background = pytest.mark.qemu(conformance(partial(qemu_subject, mode="background"), Traits(catalog=True)))
+
+test_libvirt = pytest.mark.libvirt(conformance(libvirt_subject, Traits(freezes=Freezer.HYPERVISOR)))
+test_hypeman = conformance(hypeman_subject, Traits(freezes=Freezer.HYPERVISOR, catalog=True, pauses=False))
 
 test_cloud_hypervisor = conformance(partial(vmm_subject, kind="cloud-hypervisor"), Traits(catalog=True, marks=False))
 

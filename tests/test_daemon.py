@@ -456,6 +456,23 @@ async def test_a_hand_edit_of_a_schedule_is_taken_up_on_sighup(lab: Lab) -> None
     assert parsed(after["next_run_at"]) == parsed(run["due_at"]) + timedelta(hours=5)
 
 
+async def test_a_sighup_during_the_start_counts_once_it_is_over(lab: Lab) -> None:
+    lab.prepare("api-1", managed_by="api", interval="4h")
+    lab.write(HOURLY + 'first_run = "now"', backend=SLOW, runs=ALONE, instances=("web-1", "api-1"))
+    async with running_daemon(lab.config) as daemon:
+        await lab.in_mid_capture()
+        await daemon.kill()
+    lab.instance_file().unlink()
+    os.mkfifo(lab.instance_file())  # whoever reads it hangs: settling holds up the start for some seconds
+    async with running_daemon(lab.config) as daemon:
+        await daemon.wait_for("hypemand starts")
+        lab.edit("api-1", interval="5h")
+        daemon.send(signal.SIGHUP)
+        assert not daemon.logged("API serves"), "the start was over before the signal"
+        await daemon.wait_for("schedule file read again", instance_id="api-1")
+        await daemon.kill()
+
+
 async def test_an_invalid_hand_edit_is_set_aside_and_the_schedule_goes_on(lab: Lab) -> None:
     async with running_daemon(lab.write().config) as daemon:
         await daemon.wait_for("snapshot taken")

@@ -17,6 +17,8 @@ BUILT_IN = {
     "cloud-hypervisor": "hypemand.backends.cloud_hypervisor",
     "embedded": "hypemand.backends.embedded",
     "firecracker": "hypemand.backends.firecracker",
+    "hypeman": "hypemand.backends.hypeman",
+    "libvirt": "hypemand.backends.libvirt",
     "qemu": "hypemand.backends.qemu",
 }
 ENTRY_POINT_GROUP = "hypemand.backends"

@@ -5,10 +5,11 @@ from attrs import define, field
 from hypemand.config import Config, HooksConfig
 from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.model import ManagedBy
-from hypemand.engine.fleet import new_fleet
+from hypemand.engine.fleet import Fleet, new_fleet
 from hypemand.engine.reconcile import discover, wanted_schedules
 from hypemand.surface.hooks.hooks import command_trouble
 from hypemand.surface.http.access import read_access
+from hypemand.surface.instance_checks import InstanceChecks
 from hypemand.surface.known import State, read_state
 from hypemand.surface.report import NEVER_USED
 
@@ -21,8 +22,12 @@ class Findings:
     warnings: list[str] = field(factory=list)
 
 
-async def check_backends(config: Config) -> Findings:
-    """Read the files that *config* names, and compare what its backends have with its schedules. Changes nothing."""
+async def check_backends(config: Config, *, instances: bool = True) -> Findings:
+    """Read the files that *config* names, and compare what its backends have with its schedules. Changes nothing.
+
+    Args:
+        instances: Whether to look at each scheduled instance, too.
+    """
     findings = Findings()
     try:
         if config.api.listen is not None:
@@ -32,15 +37,20 @@ async def check_backends(config: Config) -> Findings:
     fleet = new_fleet(config.state_dir)
     fleet.have(config.backends)
     try:
-        discovery = await discover(fleet.backends)
+        await _check_fleet(config, fleet, findings, instances=instances)
     finally:
         await fleet.aclose()
+    return findings
+
+
+async def _check_fleet(config: Config, fleet: Fleet, findings: Findings, *, instances: bool) -> None:
+    discovery = await discover(fleet.backends)
     findings.warnings += _hook_warnings(config.hooks)
     try:
         state = read_state(config.state_dir)
     except OSError as error:
         findings.problems.append(Problem("state_dir", f"can't be read: {error}"))
-        return findings
+        return
     for name, trouble in sorted(discovery.errors.items()):
         first = "" if name in state.used_backends else NEVER_USED
         findings.warnings.append(f"backends.{name}: {trouble}{first}")
@@ -52,7 +62,13 @@ async def check_backends(config: Config) -> Findings:
             findings.warnings.append(
                 f"schedules[{index}].instance: no instance matches {entry.instance!r} at the moment"
             )
-    return findings
+    if instances:
+        scheduled = [
+            (instance, name)
+            for instance, (entry, name) in wanted.entries.items()
+            if entry.enabled and name in discovery.instances
+        ]
+        findings.warnings += await InstanceChecks(fleet.backends, state.used_backends).warnings(scheduled)
 
 
 def _hook_warnings(hooks: HooksConfig) -> list[str]:
