@@ -589,6 +589,14 @@ async def test_nothing_that_is_not_ours_for_sure_is_listed_of_an_instance_that_i
         assert await backend.list_snapshots(WEB) == (ours,)
 
 
+async def test_settling_clears_up_after_a_deletion_that_was_cut_short(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (_, backend):
+        snapshot = await take(backend)
+        (tmp_path / "catalog" / WEB / ".run-0.deleted").mkdir()
+        assert (await settle(backend, new_request())).snapshot == snapshot
+        assert [path.name for path in (tmp_path / "catalog" / WEB).iterdir()] == ["run-1"]
+
+
 async def test_a_lost_catalog_takes_no_snapshot_along(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         made = await take(backend)
