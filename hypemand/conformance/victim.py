@@ -1,8 +1,8 @@
 """Processes that run an engine until they are killed, by themselves, at one step of a run.
 
-`main` takes an order a line on stdin: what
-a `Bench` is made of, the step, and when at it. Each is carried out by a
-process of its own, forked off one that has imported all that takes time.
+`main` takes an order a line on stdin: what a `Bench` is made of, the step, and
+when at it. Each is carried out by a process of its own, forked off one that
+has imported all that takes time.
 """
 
 import json
