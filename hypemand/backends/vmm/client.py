@@ -140,7 +140,7 @@ class Client:
     async def _asking(self) -> AsyncIterator["httpx2.AsyncClient"]:
         """Each request connects anew: to whoever listens there now, and a thousand guests hold no thousand sockets."""
         if self._http is None:
-            await trio.to_thread.run_sync(importlib.import_module, "httpx2")  # a sixth of a second, once
+            await trio.to_thread.run_sync(importlib.import_module, "httpx2")  # a tenth of a second, once
         if len(os.fsencode(self.socket)) > LONGEST_PATH:
             async with _reached_by_directory(self.socket) as http:
                 yield http
