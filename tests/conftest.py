@@ -35,6 +35,7 @@ LONG = (
     "test_a_week_of_a_hundred_schedules",
     "test_a_guest_whose_hypervisor_hangs_is_thawed_even_after",
     "test_a_qemu_that_is_frozen",
+    "test_a_daemon_whose_libvirtd_hangs",
 )
 """Tests of more than a quarter of a minute, the longest first."""
 

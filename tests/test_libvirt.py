@@ -1,11 +1,14 @@
 """What the libvirt backend keeps beside the promises of every backend: what it refuses, and what it leaves alone."""
 
+import gc
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import libvirt
 import pytest
@@ -20,6 +23,7 @@ from hypemand.backends.base import (
     Status,
     Unsupported,
 )
+from hypemand.backends.libvirt import snapshots
 from hypemand.backends.libvirt.disks import check_capturable, check_firmware, parts_of, read_disks
 from hypemand.backends.libvirt.documents import Stage, new_document, new_note, note_of, published_document, read_xml
 from hypemand.core.errors import InvalidInput
@@ -356,3 +360,66 @@ async def test_an_unreachable_libvirt_is_named_by_its_uri() -> None:
     async with backend_of("qemu+unix:///session?socket=/nowhere/sock") as backend:
         with pytest.raises(BackendUnavailable, match=r"libvirt at qemu\+unix:///session\?socket=/nowhere/sock"):
             await backend.state(InstanceId("web-1"))
+
+
+class Refusing(libvirt.virDomainSnapshot):
+    """A snapshot that libvirt refuses to delete, as later versions may where the disks have nothing of it."""
+
+    _o = None  # there is nothing of libvirt's below
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def delete(self, flags: int = 0) -> int:
+        self.asked.append(flags)
+        if flags == 0:
+            raise libvirt.libvirtError("snapshot is not in the disks")
+        return 0
+
+
+def test_remains_that_libvirt_refuses_to_delete_are_struck_off_and_told(heard_log: list[EventDict]) -> None:
+    handle = Refusing()
+    error = libvirt.libvirtError
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(error, "get_error_domain", lambda _: 10)
+        patch.setattr(error, "get_error_code", lambda _: 9)
+        snapshots.delete_remains(snapshots.Found(handle, NAME, new_note(new_request(), 0)))
+    assert handle.asked == [0, libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY]
+    assert [line["snapshot_name"] for line in heard_log] == [NAME]
+
+
+async def test_the_event_loop_never_lets_go_of_anything_of_libvirts_which_might_take_long(
+    guest: LibvirtGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last guest or snapshot of a connection closes it, and that waits for libvirt's daemon."""
+    freed: list[bool] = []
+
+    def watch(kind: type) -> None:
+        free = kind.__dict__["__del__"]
+
+        def freed_by(it: Any) -> None:
+            if it._o is not None:  # a connection that was closed lets go of nothing any more
+                freed.append(threading.current_thread() is threading.main_thread())
+            free(it)
+
+        monkeypatch.setattr(kind, "__del__", freed_by)
+
+    gc.collect()
+    for kind in (libvirt.virConnect, libvirt.virDomain, libvirt.virDomainSnapshot):
+        watch(kind)
+    async with backend_of(guest.libvirtd.uri) as backend:
+        snapshot = await take(backend)
+        with pytest.raises(CaptureFailed):
+            await backend.capture(WEB, new_request())
+        with pytest.raises(CaptureFailed):
+            await backend.capture(WEB, new_request("too-early", kind=SnapshotKind.STOPPED))
+        with pytest.raises(InstanceNotFound):
+            await backend.state(InstanceId("never-was"))
+        await backend.prepare(WEB, SnapshotKind.STANDBY)
+        await backend.instances()
+        assert await backend.list_snapshots(WEB) == (snapshot,)
+        await settle(backend, new_request("nothing"))
+        await backend.delete_snapshot(snapshot)
+    gc.collect()
+    assert len(freed) > 10
+    assert not any(freed)

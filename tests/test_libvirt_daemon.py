@@ -1,5 +1,6 @@
 """The real daemon, a real libvirtd and a real guest: scheduled, captured, pruned; and either killed in mid-capture."""
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,25 @@ async def test_when_daemon_and_libvirtd_are_killed_in_mid_capture_the_guard_has_
         (run,) = lab.history()
         assert (run["outcome"], run["found_frozen"]) == ("interrupted", True)
         assert (guest.names(), guest.tags()) == ([], [])
+
+
+async def test_a_daemon_whose_libvirtd_hangs_in_mid_capture_ends_all_the_same_and_the_next_one_settles_the_run(
+    lab: Lab,
+) -> None:
+    with running_libvirt_guest(shared_libvirtd(), memory_mb=256, filled=True) as guest:
+        await guest.next_ticks(20)
+        write_config(lab, guest, runs='shutdown_grace = "1s"')
+        async with running_daemon(lab.config) as daemon:
+            await guest.comes_to(SAVING)
+            guest.libvirtd.process.send_signal(signal.SIGSTOP)
+            try:
+                daemon.send(signal.SIGTERM)
+                assert await daemon.ended() in (0, 1)
+            finally:
+                guest.libvirtd.process.send_signal(signal.SIGCONT)
+        await guest.next_ticks()
+        recovered = await run_cli("recover", "-c", lab.config)
+        assert recovered.status == 0, recovered.stderr
+        (run,) = lab.history()
+        assert run["outcome"] == "interrupted"
+        assert await names_of(lab) == guest.tags() == [run["snapshot_name"]]

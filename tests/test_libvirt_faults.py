@@ -1,8 +1,12 @@
 """What can go wrong around a capture by libvirt: its daemon killed or hung, QEMU hung, a full disk. All of it real."""
 
+import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import libvirt
 import pytest
@@ -10,6 +14,7 @@ import trio
 from structlog.typing import EventDict
 
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, CaptureRequest, Settled, Status
+from hypemand.backends.libvirt import connections
 from hypemand.backends.libvirt.connections import THREADS_OF_ONE
 from hypemand.core.model import InstanceState, SnapshotKind
 from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
@@ -73,6 +78,15 @@ async def test_a_guest_runs_again_as_soon_as_a_killed_libvirtd_is_back_and_nothi
     await big.next_ticks()
 
 
+async def state_of(backend: Backend) -> Status:
+    """The guest's state, once a libvirtd that has just been started is through with looking at its guests."""
+    with trio.fail_after(10):
+        while True:
+            with suppress(BackendUnavailable):
+                return await backend.state(WEB)
+            await trio.sleep(0.02)
+
+
 async def test_another_process_finds_the_guest_frozen_by_a_killed_libvirtd_and_settles_the_run(
     big: LibvirtGuest,
 ) -> None:
@@ -85,7 +99,7 @@ async def test_another_process_finds_the_guest_frozen_by_a_killed_libvirtd_and_s
             await settle(other, request)
         await big.saved()
         big.libvirtd.start()
-        status = await other.state(WEB)
+        status = await state_of(other)
         assert (status.state, status.detail[:4]) == (InstanceState.PAUSED, "save")
         assert await settle(other, request) == Settled(resumed=True)
         assert await other.state(WEB) == Status(InstanceState.RUNNING)
@@ -141,7 +155,7 @@ async def test_a_hung_libvirtd_is_given_up_and_takes_no_threads_for_ever(big: Li
     async with backend_of(big.libvirtd.uri) as backend:
         await backend.state(WEB)
         before = threading.active_count()
-        big.libvirtd.process.send_signal(19)
+        big.libvirtd.process.send_signal(signal.SIGSTOP)
         try:
             for _ in range(THREADS_OF_ONE + 2):
                 with trio.move_on_after(0.05) as scope:
@@ -152,7 +166,7 @@ async def test_a_hung_libvirtd_is_given_up_and_takes_no_threads_for_ever(big: Li
             assert scope.cancelled_caught
             assert threading.active_count() <= before + THREADS_OF_ONE
         finally:
-            big.libvirtd.process.send_signal(18)
+            big.libvirtd.process.send_signal(signal.SIGCONT)
         assert await backend.state(WEB) == Status(InstanceState.RUNNING)
         await take(backend)
 
@@ -263,3 +277,53 @@ async def test_a_guest_that_stands_still_for_an_io_error_is_never_resumed_by_set
             settled = await settle(backend, request)
             assert not settled.resumed
             assert guest.state() == IO_ERROR
+
+
+RELAY = """#!{python}
+import os, select, socket, sys
+there = socket.socket(socket.AF_UNIX)
+there.connect({socket!r})
+ends = {{0: there.fileno(), there.fileno(): 1}}
+with open({pids!r}, "a") as file:
+    print(os.getpid(), file=file)
+while True:
+    for end in select.select(list(ends), [], [])[0]:
+        data = os.read(end, 65536)
+        if not data:
+            sys.exit()
+        os.write(ends[end], data)
+"""
+"""A tunnel to libvirt, as ssh would be one."""
+
+
+@pytest.fixture
+def pids(tmp_path: Path) -> Iterator[Path]:
+    """Where tunnels write who they are; ended with the test."""
+    file = tmp_path / "pids"
+    yield file
+    for pid in file.read_text().split():
+        with suppress(ProcessLookupError):
+            os.kill(int(pid), signal.SIGKILL)
+
+
+async def test_a_connection_over_the_network_that_is_dead_is_noticed(
+    big: LibvirtGuest, tmp_path: Path, pids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connections, "KEEPALIVE_S", 1)
+    monkeypatch.setattr(connections, "KEEPALIVE_COUNT", 1)
+    tunnel = tmp_path / "tunnel"
+    tunnel.write_text(RELAY.format(python=sys.executable, socket=str(big.libvirtd.socket), pids=str(pids)))
+    tunnel.chmod(0o700)
+    async with backend_of(f"qemu+ext:///session?command={tunnel}") as backend:
+        assert (await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms == ()
+        async with trio.open_nursery() as nursery:
+            request, errors = await in_mid_capture(big, backend, nursery)
+            for pid in pids.read_text().split():
+                os.kill(int(pid), signal.SIGSTOP)
+        (error,) = errors
+        assert "libvirt could not be reached any more during the capture" in error
+        assert error.endswith("the guest was not left paused")
+        settled = await settle(backend, request)
+        assert settled.snapshot is not None
+        assert await backend.list_snapshots(WEB) == (settled.snapshot,)
+    await big.next_ticks()

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeVar
 
+import libvirt
 import structlog
 import trio
 from attrs import Factory, field, frozen
@@ -126,15 +127,9 @@ class LibvirtBackend:
     async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
         """What libvirt has with a note of ours. A domain that is not defined any more has none."""
         try:
-            found = await self._connections.ask(lambda c: snapshots.find_all(find_domain(c, instance)))
+            return await self._connections.ask(lambda c: _listed(c, instance, self.settings.uri))
         except InstanceNotFound:
             return ()
-        listed = [
-            snapshot_of(instance, one.name, one.note, self.settings.uri)
-            for one in found
-            if one.note.stage is Stage.LISTED
-        ]
-        return tuple(sorted(listed, key=lambda snapshot: (snapshot.created_at, snapshot.id)))
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
         """Delete it; the guest stands still meanwhile. With its domain, it is gone."""
@@ -207,6 +202,12 @@ def _resume(turn: Turn, instance: InstanceId) -> None:
         domain.resume()
     if ours:
         mark(domain, None)
+
+
+def _listed(connection: libvirt.virConnect, instance: InstanceId, uri: str) -> tuple[Snapshot, ...]:
+    found = snapshots.find_all(find_domain(connection, instance))
+    listed = [snapshot_of(instance, one.name, one.note, uri) for one in found if one.note.stage is Stage.LISTED]
+    return tuple(sorted(listed, key=lambda snapshot: (snapshot.created_at, snapshot.id)))
 
 
 def _publish(turn: Turn, snapshot: Snapshot) -> None:

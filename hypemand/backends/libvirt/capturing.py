@@ -99,7 +99,8 @@ class Capturing:
         except libvirt.libvirtError as error:
             if is_lost(error):
                 raise
-            self.nothing_made.add(request.run_id)
+            if bool(domain.isActive()) == standby:  # a QEMU that has crashed may have made it, and told nobody
+                self.nothing_made.add(request.run_id)
             undone = "" if paused else _thaw_after(domain)
             raise CaptureFailed(f"libvirt: {text_of(error)}{undone}") from error
         took_s = time.monotonic() - began

@@ -111,16 +111,16 @@ class Connections:
     # From here on: in a worker thread.
 
     def _connected(self, work: Callable[[libvirt.virConnect], T]) -> T:
+        connection = self._take()
         try:
-            connection = self._take()
-            try:
-                return work(connection)
-            finally:
-                self._give_back(connection)
-        except libvirt.libvirtError as error:
-            # Their guests would close the connection when they go, and that must not be in the event loop's thread.
-            traceback.clear_frames(error.__traceback__)
-            raise translated(error) from error
+            return work(connection)
+        except BaseException as error:
+            _let_go(error)
+            if isinstance(error, libvirt.libvirtError):
+                raise translated(error) from error
+            raise
+        finally:
+            self._give_back(connection)
 
     def _take(self) -> libvirt.virConnect:
         while True:
@@ -135,7 +135,7 @@ class Connections:
         return _opened(self.settings)
 
     def _give_back(self, connection: libvirt.virConnect) -> None:
-        with self._idle_lock:
+        with self._idle_lock, suppress(libvirt.libvirtError):
             if len(self._idle) < MOST_IDLE and connection.isAlive():
                 self._idle.append(connection)
                 return
@@ -146,6 +146,18 @@ class Connections:
             idle, self._idle = self._idle, []
         for connection in idle:
             _close(connection)
+
+
+def _let_go(error: BaseException | None) -> None:
+    """Let go of what the frames of *error* hold.
+
+    Guests and snapshots hold their connection: the last of them closes it,
+    which may take as long as libvirt likes, and must not be done by the event
+    loop, to which the error goes.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _close(connection: libvirt.virConnect) -> None:

@@ -103,7 +103,7 @@ def _paused(domain: libvirt.virDomain, why: Pause) -> Status:
     if why in _IN_TROUBLE:
         return Status(InstanceState.UNKNOWN, f"paused: {word}")
     if why in _OF_A_JOB:
-        if is_busy(domain):
+        if control_of(domain) in (libvirt.VIR_DOMAIN_CONTROL_JOB, libvirt.VIR_DOMAIN_CONTROL_OCCUPIED):
             raise BackendUnavailable(f"libvirt is at work on this guest, which is paused for it: {word}")
         return Status(InstanceState.PAUSED, f"{word}, and libvirt is not at it any more: virsh resume {domain.name()}")
     return Status(InstanceState.PAUSED, "" if why is Pause.USER else word)

@@ -49,7 +49,7 @@ class Settling:
         if found is not None and found.note.stage is not Stage.LOST:
             return snapshots.publish(domain, found)
         if found is not None:
-            snapshots.delete(domain, run.snapshot_name, run.run_id)
+            snapshots.delete_remains(found)
         elif not self.nothing_made:
             snapshots.delete_lost(domain, run)
         return None

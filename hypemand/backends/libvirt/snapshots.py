@@ -4,11 +4,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import libvirt
+import structlog
 from attrs import evolve, frozen
 
+from hypemand.backends.libvirt.connections import is_lost, text_of
 from hypemand.backends.libvirt.disks import parts_of, read_disks
 from hypemand.backends.libvirt.documents import Note, Stage, lost_document, note_of, published_document, read_xml
 from hypemand.core.model import RunStarted
+
+_log = structlog.get_logger()
 
 
 @frozen
@@ -74,7 +78,25 @@ def delete_lost(domain: libvirt.virDomain, run: RunStarted) -> None:
     note = Note(id=run.run_id, kind=run.kind, created_at=run.started_at, tags=run.tags, size_bytes=0, stage=Stage.LOST)
     disks = parts_of(read_disks(read_xml(domain.XMLDesc())))
     document = lost_document(run.snapshot_name, note, disks, domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE))
-    domain.snapshotCreateXML(document, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE).delete()
+    handle = domain.snapshotCreateXML(document, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE)
+    delete_remains(Found(handle, run.snapshot_name, note))
+
+
+def delete_remains(found: Found) -> None:
+    """Delete a snapshot of which not everything may be there, for some libvirts an error: then it is struck off."""
+    try:
+        with _gone_is_none():
+            found.handle.delete()
+    except libvirt.libvirtError as error:
+        if is_lost(error) or error.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT:
+            raise
+        _log.warning(
+            "what may be left of a snapshot in the guest's disks could not be deleted",
+            snapshot_name=found.name,
+            run_id=found.note.id,
+            error=text_of(error),
+        )
+        found.handle.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
 
 
 @contextmanager
