@@ -9,7 +9,7 @@ import trio
 
 from hypemand.backends import registry
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, InvalidState, Unsupported
-from hypemand.backends.catalog import MANIFEST
+from hypemand.backends.catalog import MANIFEST, MARKER
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceState, RestoreAction, Snapshot, SnapshotKind
 from tests.vmm_backend import (
@@ -348,3 +348,35 @@ async def test_the_connection_says_all_that_another_process_needs(kind: str, tmp
         assert told["disks"] == ["/d/{instance}/*.raw"]
         assert (told["snapshot_group"], told["snapshot_mode"]) == ("0", "2750")
         assert backend.capabilities.kinds == {SnapshotKind.STANDBY, SnapshotKind.STOPPED}
+
+
+@both
+async def test_the_guest_is_thawed_also_where_the_catalog_is_not_mounted_and_that_is_told_later(
+    kind: str, tmp_path: Path
+) -> None:
+    marker = tmp_path / "catalog" / MARKER
+    async with running(kind, tmp_path) as (guest, backend):
+        await frozen(backend, guest)
+        marker.rename(tmp_path / "away")
+        with pytest.raises(BackendUnavailable, match=r"no \.hypemand-catalog"):
+            await backend.settle(run_of(backend, guest), ours=True)
+        assert guest.state() == "Running"
+        (tmp_path / "away").rename(marker)
+        settled = await backend.settle(run_of(backend, guest), ours=True)
+        assert (settled.resumed, settled.snapshot) == (True, None)
+        assert list((tmp_path / "catalog").glob("*/.*")) == []
+
+
+@both
+async def test_settling_waits_for_a_save_that_nobody_waits_for_any_more(kind: str, tmp_path: Path) -> None:
+    async with running(kind, tmp_path, save_s=0.5) as (guest, backend):
+        asked = await frozen(backend, guest)
+        with trio.move_on_after(0.1):
+            await backend.capture(guest.instance_id, asked)
+        other = connect(guest, tmp_path)  # as after a crash
+        settled = await other.settle(run_of(backend, guest), ours=True)
+        assert settled.resumed
+        assert guest.saves() == 1
+        assert list((tmp_path / "catalog").glob("*/.*")) == []
+        await other.aclose()
+        assert await guest.ticks()

@@ -123,6 +123,18 @@ async def test_a_cancelled_question_closes_its_connection(kind: str, tmp_path: P
 
 
 @both
+async def test_a_cancelled_pause_is_over_before_the_guest_is_resumed(kind: str, tmp_path: Path) -> None:
+    async with running(kind, tmp_path) as (guest, backend):
+        guest.fail_pause(wait_s=0.3)
+        with trio.move_on_after(0.1) as scope:
+            await frozen(backend, guest)
+        assert scope.cancelled_caught
+        await backend.resume(guest.instance_id)
+        assert await guest.ticks()
+        assert guest.state() == "Running"
+
+
+@both
 async def test_a_cancelled_save_is_over_before_the_guest_is_resumed(kind: str, tmp_path: Path) -> None:
     async with running(kind, tmp_path, save_s=0.4) as (guest, backend):
         asked = await frozen(backend, guest)
