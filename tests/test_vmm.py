@@ -1,6 +1,7 @@
 """Guests of Cloud Hypervisor and Firecracker: one instant of memory and disks, and back to it."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,8 @@ async def test_memory_and_disks_of_a_snapshot_are_of_one_instant(kind: str, tmp_
 @pytest.mark.parametrize("jailed", [False, True])
 async def test_the_steps_of_a_restore_lead_back_to_the_saved_count(kind: str, jailed: bool, tmp_path: Path) -> None:
     chroot = tmp_path / "jail" / "web-1" / "root" if jailed and kind == FIRECRACKER else None
-    socket = Path(f"/tmp/hypemand-test-{tmp_path.name[:40]}-{jailed}") / "web-1.sock"
-    socket.parent.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix="hypemand-") as short:
+        socket = Path(short) / "web-1.sock"
         async with running(kind, tmp_path, chroot=chroot, socket=socket, tick_s=0.01) as (guest, backend):
             snapshot = await published(backend, guest)
             later = await guest.ticks() + 20
@@ -75,9 +75,6 @@ async def test_the_steps_of_a_restore_lead_back_to_the_saved_count(kind: str, ja
             assert restored.state() in ("Paused", "Not started")
             carry_out(snapshot.restore, RestoreAction.MONITOR)
             assert saved < await restored.ticks() < later
-    finally:
-        socket.unlink(missing_ok=True)
-        socket.parent.rmdir()
 
 
 @both

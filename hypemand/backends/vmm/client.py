@@ -9,6 +9,7 @@ import contextlib
 import errno
 import importlib
 import os
+import select
 import socket as sockets
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -164,15 +165,19 @@ async def _reached_by_directory(socket: Path) -> AsyncIterator["httpx2.AsyncClie
 
 
 def _exists(process: int) -> bool:
-    """Whether there is such a process; one of another namespace, which has no number here, may be there."""
+    """Whether there is such a process, and not just what is left of one. What can't be told may be there."""
     try:
-        if process > 0:
-            os.kill(process, 0)
+        descriptor = os.pidfd_open(process)
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except OSError:  # of another namespace: it has no number here
         return True
-    return True
+    try:
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        return not ended.poll(0)
+    finally:
+        os.close(descriptor)
 
 
 def _new_http(path: str) -> "httpx2.AsyncClient":
@@ -180,14 +185,14 @@ def _new_http(path: str) -> "httpx2.AsyncClient":
 
     transport = httpx2.AsyncHTTPTransport(
         uds=path,
-        verify=False,
+        verify=False,  # there is no TLS on a unix socket, and certificates take time to load
         limits=httpx2.Limits(max_connections=AT_ONCE, max_keepalive_connections=0),
     )
     return httpx2.AsyncClient(
         transport=transport,
         base_url="http://localhost",
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-        timeout=None,
+        timeout=None,  # that is the caller's
         trust_env=False,
     )
 
