@@ -153,6 +153,10 @@ class Site:
         before = json.loads(path.read_text()) if path.exists() else []
         self._write([*before, {"at": at, **what}], "faults.json")
 
+    def be_hasty(self) -> None:
+        """From now on it tells of a guest while it is at work on it."""
+        self._write({}, "hasty.json")
+
     def requests(self, beginning: str = "") -> list[str]:
         path = self.directory / "requests.log"
         lines = path.read_text().splitlines() if path.exists() else []

@@ -1,10 +1,15 @@
 """The hypeman backend and its server, when all is well and when it is not."""
 
+import errno
 import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from hypemand.backends.base import (
     Surroundings,
     Unsupported,
 )
+from hypemand.backends.hypeman import holding
 from hypemand.backends.hypeman.documents import kept_of
 from hypemand.backends.hypeman.drafts import way_back
 from hypemand.backends.hypeman.settings import HypemanSettings
@@ -30,7 +36,7 @@ from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.hypeman_server.answers import TOKEN
 from tests.hypeman_site import NAME, WEB, new_request, opened, settle, take
-from tests.processes import PATIENCE_S, ROOT, wait_until
+from tests.processes import PATIENCE_S, ROOT, children_of, wait_until
 
 SNAPSHOTS = f"POST /instances/{WEB}/snapshots"
 RESTORE = f"POST /instances/{WEB}/restore"
@@ -451,8 +457,17 @@ async def test_a_guest_that_is_off_or_gone_is_not_brought_back(tmp_path: Path) -
             site.add_guest()
 
 
-async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (site, backend):
+@pytest.mark.parametrize("held", [True, False], ids=["held", "no-holder-to-be-had"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, held: bool
+) -> None:
+    def fail(connection: int) -> None:
+        raise OSError(errno.EAGAIN, "no more processes")
+
+    if not held:
+        monkeypatch.setattr(holding, "_start", fail)
+    async with opened(tmp_path, scheme) as (site, backend):
         site.fault(SNAPSHOTS, takes_s=0.5)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.capture, WEB, new_request())
@@ -463,6 +478,19 @@ async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(tmp_path: Path
         assert settled.snapshot is not None
         assert (settled.resumed, site.state()) == (False, "Running")
         assert (len(site.requests(SNAPSHOTS)), site.requests(RESTORE)) == (1, [])
+
+
+async def test_a_guest_that_the_server_is_just_about_to_bring_back_is_its_own_business(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+        site.be_hasty()
+        site.fault(SNAPSHOTS, takes_s=0.5)
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.state() == "Standby", "the capture")
+        other = site.backend(tmp_path)  # another process, which knows nothing of the request that is under way
+        settled = await settle(other, new_request())
+        assert settled.snapshot is not None
+        assert (settled.resumed, site.state(), len(site.requests(RESTORE))) == (False, "Running", 1)
+        await other.aclose()
 
 
 async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(tmp_path: Path) -> None:
@@ -496,16 +524,18 @@ trio.run(main)
 """
 
 
-async def test_a_capture_goes_on_when_hypemand_is_killed(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (site, backend):
+@pytest.mark.parametrize("end", ["killed", "ended"])
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_a_capture_goes_on_when_hypemand_is_no_more(tmp_path: Path, scheme: str, end: str) -> None:
+    async with opened(tmp_path, scheme) as (site, backend):
         site.fault(SNAPSHOTS, takes_s=1.0)
         program = VICTIM.format(root=str(ROOT), connection=dict(backend.connection), state=str(tmp_path / "state"))
         path = os.pathsep.join(path for path in sys.path if path)
         victim = await trio.lowlevel.open_process(
-            [sys.executable, "-c", program], env=os.environ | {"PYTHONPATH": path}
+            [sys.executable, "-c", program], stderr=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": path}
         )
         await wait_until(lambda: site.state() == "Standby", "the capture")
-        victim.kill()
+        victim.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
         await victim.wait()
         settled = await settle(backend, new_request())
         assert settled.snapshot is not None
@@ -605,8 +635,37 @@ async def test_a_schedule_of_the_servers_own_is_warned_of_before_the_capture(tmp
 
 # The way back.
 
+STAND_IN = f"""#!{sys.executable} -E
+import argparse, ssl, sys, urllib.error, urllib.request
+parser = argparse.ArgumentParser()
+parser.add_argument("-sS", dest="quiet", action="store_true")
+parser.add_argument("--fail-with-body", action="store_true")
+parser.add_argument("--cacert")
+parser.add_argument("-H", action="append")
+parser.add_argument("-d", type=str.encode)
+parser.add_argument("url")
+given = parser.parse_args()
+lines = [sys.stdin.read() if line == "@-" else line for line in given.H]
+headers = dict(line.split(": ", 1) for line in lines)
+trust = ssl.create_default_context(cafile=given.cacert) if given.cacert else None
+try:
+    print(urllib.request.urlopen(urllib.request.Request(given.url, given.d, headers), context=trust).read().decode())
+except urllib.error.HTTPError as error:
+    print(error.read().decode())
+    sys.exit(22)
+"""
+"""Where curl is not installed: it knows the options of the way back, and no others."""
 
-async def test_the_way_back_works_word_for_word(tmp_path: Path) -> None:
+
+@pytest.fixture
+def curl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shutil.which("curl") is None:
+        (tmp_path / "curl").write_text(STAND_IN)
+        (tmp_path / "curl").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+
+async def test_the_way_back_works_word_for_word(tmp_path: Path, curl: None) -> None:
     async with opened(tmp_path) as (site, backend):
         running = await take(backend)
         site.set_state("Stopped")
@@ -625,7 +684,21 @@ async def test_the_way_back_works_word_for_word(tmp_path: Path) -> None:
         assert "cannot restore snapshot while source is Running" in refused.stdout
 
 
-async def test_the_way_back_over_tls_trusts_whom_the_backend_trusts(tmp_path: Path) -> None:
+async def test_the_way_back_is_that_of_the_docs(tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "restore.md").read_text()
+    (line,) = re.findall(r"<!-- hypeman -->\n```sh\n(.*?)\n```", page, re.DOTALL)
+    async with opened(tmp_path) as (site, backend):
+        snapshot = await take(backend)
+        (kept,) = site.snapshots()
+        for theirs, ours in (
+            *(("https://hypeman.example.org", site.url), ("/etc/hypemand/hypeman-token", str(site.token_file))),
+            *(("$ID", WEB), ("$SNAPSHOT", kept["id"])),
+        ):
+            line = line.replace(theirs, ours)
+        assert snapshot.restore[0].command == f"{line} # {snapshot.name}"
+
+
+async def test_the_way_back_over_tls_trusts_whom_the_backend_trusts(tmp_path: Path, curl: None) -> None:
     async with opened(tmp_path, "https") as (site, backend):
         snapshot = await take(backend)
         site.set_state("Stopped")
@@ -638,3 +711,26 @@ def test_a_name_that_the_server_made_up_is_harmless_in_a_shell() -> None:
     (step,) = way_back(kept_of(told), HypemanSettings(url="http://localhost:1"))
     assert "touch" not in step.command
     assert "'\"'\"'" in step.command
+
+
+async def test_a_connection_that_is_made_anew_is_held_anew(tmp_path: Path) -> None:
+    """The first one ends with the answer that the token is no good."""
+    async with opened(tmp_path) as (site, backend):
+        others = children_of(os.getpid())
+        site.fault(SNAPSHOTS, status=401, body={"code": "Unauthorized", "message": "invalid token"}, cut="then")
+        site.fault(SNAPSHOTS, takes_s=0.5)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(backend.capture, WEB, new_request())
+            await wait_until(lambda: site.state() == "Standby", "the capture")
+            (holder,) = {*children_of(os.getpid())} - {*others}
+            held = Path(f"/proc/{holder}/fd/3").stat().st_ino
+            assert held in sockets_of(os.getpid())
+        assert children_of(os.getpid()) == others
+
+
+def sockets_of(pid: int) -> set[int]:
+    found = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            found.add(path.stat().st_ino)
+    return found

@@ -4,19 +4,22 @@ import json
 import os
 import signal
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, redirect_stderr, redirect_stdout
 from datetime import UTC, datetime, timedelta
+from io import StringIO
 from pathlib import Path
 
 import pytest
+import trio
 from attrs import evolve
 
+from hypemand.cli import main
 from hypemand.core.model import Schedule
 from hypemand.engine.importing import Wish, replaced
 from hypemand.state.codec import decode_schedule
 from hypemand.surface.api.imports import wish_document, wish_of
 from tests.hypeman_site import WEB, Site, running_server
-from tests.processes import Lab, Ran, instant, run_cli, running_daemon
+from tests.processes import PATIENCE_S, Lab, Ran, instant, run_cli, running_daemon
 
 OTHER, THIRD = "b2other", "c3third"
 KEYS = ("interval", "retention", "next_run_at", "last_run_at", "last_snapshot_id", "last_error", "metadata")
@@ -38,7 +41,17 @@ async def moving(tmp_path: Path, more: str = "", **settings: str) -> AsyncIterat
 
 
 async def bring(lab: Lab, *args: str | Path) -> Ran:
-    return await run_cli("import-hypeman", "-c", lab.config, *args)
+    """The command, in a thread of this process: to start another one takes much longer than all that it does."""
+    out, err = StringIO(), StringIO()
+
+    def run() -> int:
+        with redirect_stdout(out), redirect_stderr(err), pytest.raises(SystemExit) as ended:
+            main(["import-hypeman", "-c", str(lab.config), *map(str, args)])
+        return int(str(ended.value.code))
+
+    with trio.fail_after(PATIENCE_S):
+        status = await trio.to_thread.run_sync(run)
+    return Ran(status, out.getvalue(), err.getvalue())
 
 
 def became(ran: Ran) -> dict[str, tuple[str, str]]:
@@ -66,7 +79,7 @@ def assert_moved(site: Site, lab: Lab) -> None:
 
 async def test_the_schedules_of_a_server_are_imported_with_cadence_and_history(tmp_path: Path) -> None:
     async with moving(tmp_path) as (site, lab):
-        ran = await bring(lab, "--json")
+        ran = await run_cli("import-hypeman", "-c", lab.config, "--json")
         assert (ran.status, ran.stderr, became(ran)) == (0, "", IMPORTED)
         assert (ran.json["source"], ran.json["backend"], ran.json["dry_run"]) == (site.url, "cloud", False)
         assert_moved(site, lab)

@@ -44,7 +44,10 @@ def ask(socket: Path, method: str, path: str, body: Any = None) -> tuple[int, An
         connection.request(method, path, None if body is None else json.dumps(body))
         response = connection.getresponse()
         data = response.read()
-        return response.status, json.loads(data) if data else None
+        try:
+            return response.status, json.loads(data) if data else None
+        except json.JSONDecodeError:
+            return response.status, data.decode()
     finally:
         connection.close()
 

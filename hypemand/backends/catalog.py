@@ -142,13 +142,13 @@ class Catalog:
         partial = self.partial(instance, snapshot_id)
         shutil.rmtree(partial, ignore_errors=True)
         self._make(partial.parent)
-        partial.mkdir(mode=0o700)
+        partial.mkdir(mode=self.mode & 0o777)
         self._open_up(partial)
         return partial
 
     def _make(self, directory: Path) -> None:
         if not directory.is_dir():
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=self.mode & 0o777, parents=True, exist_ok=True)
             self._open_up(directory)
 
     def _open_up(self, directory: Path) -> None:
@@ -161,7 +161,8 @@ class Catalog:
             except OSError:  # in a user namespace a directory can have the group of the one above alone
                 if not directory.stat().st_mode & stat.S_ISGID:
                     raise
-        if self.mode != 0o700:
+        # The service's sandbox forbids to set the bit by which a directory hands on its group; it is handed on itself.
+        if stat.S_IMODE(directory.stat().st_mode) not in (self.mode, self.mode | stat.S_ISGID):
             directory.chmod(self.mode)
 
     def home(self, instance: InstanceId, snapshot_id: str) -> Path:

@@ -72,11 +72,15 @@ class Wire:
         lines = [f"HTTP/1.1 {status} Told", f"Content-Type: {kind}", f"Content-Length: {len(body)}"]
         if "location" in fault:
             lines.append(f"Location: {fault['location']}")
+        if fault.get("cut") == "then":
+            lines.append("Connection: close")
         data = "\r\n".join([*lines, "", ""]).encode() + body
         if fault.get("cut") == "midst":
             self._connection.sendall(data[: len(data) // 2])
             raise CutError
         self._connection.sendall(data)
+        if fault.get("cut") == "then":
+            raise CutError
 
 
 def by_tls(certificate: str, key: str) -> Callable[[socket.socket], socket.socket]:

@@ -3,7 +3,8 @@
 ``python -I -S server.py cloud-hypervisor|firecracker JSON [--restore source_url=file://DIR]``
 
 The JSON: ``socket``, ``memory`` (bytes), ``disks`` ([path, "rw"|"ro"]), ``tick_s``, ``save_s``, ``home``,
-and more, see `Options`. In *home* it appends each request to ``requests.log``, and reads ``faults.json`` at each:
+and more, see `Options`. In *home* it appends each request to ``requests.log``, how long the guest
+stood still each time to ``standstills.log``, and reads ``faults.json`` at each:
 a list of what goes wrong with which request (see `Fault`).
 """
 
@@ -98,6 +99,7 @@ class Server:
         self.selector.register(self.listener, selectors.EVENT_READ)
         self.faults: list[Fault] = []
         self.faults_are: tuple[int, int] | None = None
+        self.stopped_at: float | None = None
 
     def serve(self) -> None:
         while True:
@@ -147,6 +149,7 @@ class Server:
         status, content = (
             (fault.status, fault.body) if fault.status is not None else self.vmm.answer(method, path, body)
         )
+        self.watch()
         self.log(f"{method} {path} {status}")
         time.sleep(fault.late_s)
         if fault.cut == "after":
@@ -178,8 +181,16 @@ class Server:
         fault.times -= 1
         return fault
 
-    def log(self, line: str) -> None:
-        descriptor = os.open(f"{self.options.home}/requests.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    def watch(self) -> None:
+        """Write down how long the guest stood still, once it runs again."""
+        runs = self.vmm.machine is not None and self.vmm.machine.running
+        if runs and self.stopped_at is not None:
+            self.log(f"{time.monotonic() - self.stopped_at:.6f}", "standstills.log")
+        if runs or self.stopped_at is None:
+            self.stopped_at = None if runs else time.monotonic()
+
+    def log(self, line: str, name: str = "requests.log") -> None:
+        descriptor = os.open(f"{self.options.home}/{name}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
         os.write(descriptor, f"{line}\n".encode())
         os.close(descriptor)
 

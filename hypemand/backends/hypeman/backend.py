@@ -4,7 +4,7 @@ What it has no place for is in a catalog: under which run's id a snapshot is
 listed, and whether a guest may be down because it was asked for one.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -245,16 +245,8 @@ class HypemanBackend:
         await self.server.aclose()
 
 
-def _build(name: str, settings: HypemanSettings, surroundings: Surroundings) -> HypemanBackend:
+def build(name: str, settings: HypemanSettings, surroundings: Surroundings) -> HypemanBackend:
+    """Make the backend. Does no I/O."""
     settings = settings.absolute()
     catalog = settings.snapshot_dir or (surroundings.state_dir / "catalog" / name).absolute()
     return HypemanBackend(name, evolve(settings, snapshot_dir=catalog), Catalog(catalog))
-
-
-@frozen
-class _Type:
-    settings: type[HypemanSettings] = HypemanSettings
-    build: Callable[[str, HypemanSettings, Surroundings], HypemanBackend] = _build
-
-
-TYPE = _Type()

@@ -79,7 +79,9 @@ class Guests:
         path = f"/instances/{instance}/restore"
         answer = await self.uncut.do(instance, partial(self.server.have_done, path, {}))
         state = (await self.look(instance)).status.state
-        if state in _RUNS or (answer.status == 409 and state in _OFF):
+        if answer.status == 409 and state in (*_RUNS, *_OFF):
+            return False  # somebody else was faster: the server itself, most likely
+        if state in _RUNS:
             return True
         raise BackendUnavailable(f"the guest is {state}, it could not be restored: {answer}")
 

@@ -36,9 +36,21 @@ class _Holder:
     pidfd: int
     pipe: int
 
-    def reap(self) -> None:
-        """Once it has ended."""
+    async def end(self) -> None:
+        """Have it end now."""
+        with suppress(ProcessLookupError, ChildProcessError):
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            await trio.lowlevel.wait_readable(self.pidfd)
+            self._reap()
+        self.let_go()
+
+    def _reap(self) -> None:
         os.waitpid(self.pid, os.WNOHANG)
+
+    def let_go(self) -> None:
+        """Leave it to itself."""
+        os.close(self.pidfd)
+        os.close(self.pipe)
 
 
 @define(eq=False)
@@ -52,27 +64,28 @@ class Held:
 
     async def trace(self, event: str, facts: Mapping[str, Any]) -> None:
         """Have a new connection held before anything is sent over it. Called as httpcore's extension ``trace``."""
-        if event != "connection.connect_tcp.complete" or self._holder is not None:
+        if event != "connection.connect_tcp.complete":
             return
+        await self._end()  # that of a connection that was closed before anything was done
         try:
             self._holder = _start(facts["return_value"].get_extra_info("socket").fileno())
         except OSError as error:  # then it is open for as long as hypemand lives
             _log.warning("a connection has no holder", error=str(error))
-        await trio.lowlevel.checkpoint()
 
     async def __aexit__(
         self, _kind: type[BaseException] | None, error: BaseException | None, _where: TracebackType | None
     ) -> None:
         """End the holder; but where this process ends in the midst of the block, that is what it is there for."""
-        if (holder := self._holder) is None:
-            return
         if not isinstance(error, trio.Cancelled):
-            with suppress(ProcessLookupError, ChildProcessError), trio.CancelScope(shield=True):
-                signal.pidfd_send_signal(holder.pidfd, signal.SIGKILL)
-                await trio.lowlevel.wait_readable(holder.pidfd)
-                holder.reap()
-        os.close(holder.pidfd)
-        os.close(holder.pipe)
+            await self._end()
+        elif self._holder is not None:
+            self._holder.let_go()
+
+    async def _end(self) -> None:
+        if self._holder is not None:
+            holder, self._holder = self._holder, None
+            with trio.CancelScope(shield=True):
+                await holder.end()
 
 
 def _start(connection: int) -> _Holder:

@@ -42,6 +42,10 @@ class SocketAbsent(BackendUnavailable):
     """Nobody listens: there is no socket, or one that a process has left behind."""
 
 
+class ConnectionLost(BackendUnavailable):
+    """The connection broke before there was a whole answer."""
+
+
 class Refused(BackendUnavailable):
     """The VMM answered that it can't or won't.
 
@@ -106,7 +110,7 @@ class Client:
         """What *path* has, as JSON. Asked twice where the VMM has closed the connection meanwhile."""
         try:
             status, data = await self._ask("GET", path, None)
-        except _ConnectionLostError:
+        except ConnectionLost:
             status, data = await self._ask("GET", path, None)
         _check_status(status, data, self.socket)
         try:
@@ -178,10 +182,6 @@ class Client:
         return self._link.http
 
 
-class _ConnectionLostError(BackendUnavailable):
-    """The connection broke before there was a whole answer."""
-
-
 def _identity(path: Path) -> tuple[int, int]:
     status = path.stat()
     importlib.import_module("httpx2")  # here, in a thread, as it takes a sixth of a second the first time
@@ -236,7 +236,7 @@ def _as_unavailable(socket: Path) -> Iterator[None]:
         raise _no_answer(socket, _os_error(error)) from error
     except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
         told = str(error) or type(error).__name__
-        raise _ConnectionLostError(f"{socket}: the connection broke before the answer was there ({told})") from error
+        raise ConnectionLost(f"{socket}: the connection broke before the answer was there ({told})") from error
     except httpx2.HTTPError as error:
         raise BackendUnavailable(f"{socket}: {str(error) or type(error).__name__}") from error
 

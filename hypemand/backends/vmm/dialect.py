@@ -21,6 +21,9 @@ class Look:
     state: InstanceState
     detail: str = ""
 
+    def __str__(self) -> str:
+        return f"{self.state} ({self.detail})" if self.detail else str(self.state)
+
 
 @frozen
 class Drive:

@@ -1,0 +1,1 @@
+"""Speed and scale, side by side: a module for each figure. ``python -m benchmarks`` is the door."""
