@@ -18,6 +18,8 @@ from hypemand.core.model import InstanceId
 from tests.libvirt_site import Libvirtd, domain_xml, running_libvirtd, ticker_disk
 
 BOOT_PATIENCE_S = 30
+QUIET_S = 2.0
+"""A save that writes nothing for so long is none."""
 _WITH_ALL = libvirt.VIR_DOMAIN_UNDEFINE_SNAPSHOTS_METADATA | libvirt.VIR_DOMAIN_UNDEFINE_MANAGED_SAVE
 RUNNING = (libvirt.VIR_DOMAIN_RUNNING, 5)
 """Running, unpaused."""
@@ -130,8 +132,13 @@ class LibvirtGuest:
         libvirt 9.0 that is started before takes QEMU's late answer for that to
         a question of its own, can make nothing of it, and ends the guest.
         """
+        written, quiet_since = 0, trio.current_time()
         with trio.fail_after(BOOT_PATIENCE_S):
-            while not self._has_tags():
+            # If libvirtd was killed between its stop and its save, nothing is ever written.
+            while not self._has_tags() and trio.current_time() < quiet_since + QUIET_S:
+                blocks = self.disk.stat().st_blocks
+                if blocks != written:
+                    written, quiet_since = blocks, trio.current_time()
                 await trio.sleep(0.05)
         await trio.sleep(0.3)
 

@@ -14,7 +14,7 @@ import trio
 from structlog.typing import EventDict
 
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, CaptureRequest, Settled, Status
-from hypemand.backends.libvirt import connections
+from hypemand.backends.libvirt import capturing, connections
 from hypemand.backends.libvirt.connections import THREADS_OF_ONE
 from hypemand.core.model import InstanceState, SnapshotKind
 from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
@@ -151,6 +151,16 @@ async def test_a_lost_connection_is_made_anew_and_nobody_notices(big: LibvirtGue
         assert await backend.list_snapshots(WEB) == (snapshot,)
 
 
+async def test_a_capture_that_libvirt_was_never_asked_for_fails_at_once_and_waits_for_nobody(big: LibvirtGuest) -> None:
+    async with backend_of(big.libvirtd.uri) as backend:
+        request = new_request()
+        big.libvirtd.kill()
+        with pytest.raises(CaptureFailed, match=r"was not begun: libvirt at .* can't be reached"):
+            await backend.capture(WEB, request)
+        big.libvirtd.start()
+        assert await settle(backend, request) == Settled()
+
+
 async def test_a_hung_libvirtd_is_given_up_and_takes_no_threads_for_ever(big: LibvirtGuest) -> None:
     async with backend_of(big.libvirtd.uri) as backend:
         await backend.state(WEB)
@@ -258,6 +268,17 @@ async def test_a_snapshot_that_leaves_the_guest_no_room_is_deleted_and_the_guest
             assert await settle(backend, request) == Settled()
             await guest.next_ticks()
             assert (guest.names(), guest.tags()) == ([], [])
+
+
+async def test_a_guest_that_a_broken_disk_has_stopped_is_told_of_and_its_snapshot_is_kept(
+    big: LibvirtGuest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(capturing, "_disk_errors", lambda *_, **__: {"vda": 1})  # one that is not for lack of room
+    async with backend_of(big.libvirtd.uri) as backend:
+        captured = await backend.complete(await backend.capture(WEB, new_request()))
+        assert captured.warnings == ("QEMU has stopped the guest at a write that failed, on vda; it is left so",)
+        await backend.publish(captured.snapshot)
+        assert await backend.list_snapshots(WEB) == (captured.snapshot,)
 
 
 async def test_a_guest_that_stands_still_for_an_io_error_is_never_resumed_by_settling(

@@ -1,13 +1,14 @@
 """A capture: libvirt stops the guest, has QEMU save it, and lets it go on; and what is done where it does not."""
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
 
 import libvirt
 import structlog
 import trio
-from attrs import Factory, frozen
+from attrs import Factory, evolve, frozen
 
 from hypemand.backends.base import (
     BackendError,
@@ -57,9 +58,13 @@ class Capturing:
         knows nothing of libvirt's intention to let it go on: this waits for
         the daemon for as long as it may, and lets it go on then.
         """
+        begun = threading.Event()
         try:
-            return await self.connections.change(instance, lambda turn: self._capture(turn, instance, request))
+            return await self.connections.change(instance, lambda turn: self._capture(turn, instance, request, begun))
         except ConnectionLost as lost:
+            if not begun.is_set():
+                self.nothing_made.add(request.run_id)
+                raise CaptureFailed(f"the capture was not begun: {lost}") from lost
             _log.error(
                 "libvirt can't be reached in the middle of a capture; its guest may stand still until it can",
                 instance_id=instance,
@@ -82,7 +87,7 @@ class Capturing:
             else:
                 return "the guest was found paused and was resumed" if resumed else "the guest was not left paused"
 
-    def _capture(self, turn: Turn, instance: InstanceId, request: CaptureRequest) -> Captured:
+    def _capture(self, turn: Turn, instance: InstanceId, request: CaptureRequest, begun: threading.Event) -> Captured:
         domain = find_domain(turn.connection, instance)
         disks = read_disks(read_xml(domain.XMLDesc()))
         check_capturable(disks)
@@ -93,6 +98,7 @@ class Capturing:
         document = new_document(request, note, parts_of(disks))
         paused = pause_of(domain) is not None
         turn.check_wanted()
+        begun.set()
         began = time.monotonic()
         try:
             domain.snapshotCreateXML(document, libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_ATOMIC)
@@ -117,19 +123,19 @@ class Capturing:
         if snapshot.kind is SnapshotKind.STANDBY and captured.freeze_s:
             until = trio.current_time() + STUCK_LOOK_S
             while trio.current_time() < until:
-                if await self._is_out_of_room(snapshot.instance_id):
+                instance = snapshot.instance_id
+                errors = await self.connections.ask(partial(_disk_errors, instance=instance), about=instance)
+                if libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE in errors.values():
                     await self._make_room(snapshot)
+                if errors:
+                    disks = ", ".join(errors)
+                    warning = f"QEMU has stopped the guest at a write that failed, on {disks}; it is left so"
+                    return evolve(captured, warnings=(*captured.warnings, warning))
                 await trio.sleep(_LOOK_S)
         return captured
 
-    async def _is_out_of_room(self, instance: InstanceId) -> bool:
-        return await self.connections.ask(partial(_is_out_of_room, instance=instance), about=instance)
-
     async def _make_room(self, snapshot: Snapshot) -> None:
-        with trio.CancelScope(shield=True):
-            outcome = await self.connections.change(
-                snapshot.instance_id, lambda turn: _delete_and_go_on(turn, snapshot)
-            )
+        outcome = await self.connections.change(snapshot.instance_id, partial(_delete_and_go_on, snapshot=snapshot))
         self.nothing_made.add(snapshot.id)
         raise CaptureFailed(f"the snapshot left no room for the guest's writes, and was deleted; {outcome}")
 
@@ -164,13 +170,10 @@ def _thaw_after(domain: libvirt.virDomain) -> str:
     return "; libvirt left the guest paused, it was resumed"
 
 
-def _is_out_of_room(connection: libvirt.virConnect, instance: InstanceId) -> bool:
+def _disk_errors(connection: libvirt.virConnect, instance: InstanceId) -> Mapping[str, int]:
+    """The disks at whose errors QEMU has stopped the guest; empty where it has not."""
     domain = find_domain(connection, instance)
-    return pause_of(domain) is Pause.IO_ERROR and _has_no_space(domain.diskErrors().values())
-
-
-def _has_no_space(errors: Iterable[int]) -> bool:
-    return libvirt.VIR_DOMAIN_DISK_ERROR_NO_SPACE in errors
+    return domain.diskErrors() if pause_of(domain) is Pause.IO_ERROR else {}
 
 
 def _delete_and_go_on(turn: Turn, snapshot: Snapshot) -> str:
