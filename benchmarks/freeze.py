@@ -33,13 +33,17 @@ import structlog
 import trio
 
 from benchmarks.engine_freeze import EngineReport, EngineRounds
+from benchmarks.engine_hypeman import HypemanSubject
+from benchmarks.engine_libvirt import LibvirtSubject
 from benchmarks.engine_subjects import SUBJECTS
+from benchmarks.engine_vmm import VMM_SUBJECTS
 from benchmarks.freeze_options import Options, parse_options
 from benchmarks.freeze_report import BACKGROUND, BARE, INTERNAL, TITLES, VIRSH, Report, Row
 from benchmarks.freeze_rounds import Rounds, Turn, tell
 from benchmarks.freeze_ways import QmpGuest
 from benchmarks.libvirt_guest import virsh_way
 from benchmarks.ruler import NotMeasuredError, Stage, Way, dial
+from tests.libvirt_site import missing_parts
 from tests.processes import Lab
 from tests.qemu_guest import running_guest
 
@@ -98,7 +102,13 @@ def _scratch(parent: Path) -> Iterator[Path]:
 
 async def _measure_engine(options: Options, directory: Path) -> EngineReport:
     async with AsyncExitStack() as stack:
-        subjects = [await stack.enter_async_context(opener(directory)) for opener in SUBJECTS]
+        openers = [
+            *SUBJECTS,
+            *VMM_SUBJECTS,
+            HypemanSubject.running,
+            *(() if missing_parts() else [LibvirtSubject.running]),
+        ]
+        subjects = [await stack.enter_async_context(opener(directory)) for opener in openers]
         return await EngineRounds(subjects, options.runs).measure(Lab(directory))
 
 

@@ -5,10 +5,11 @@ import errno
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from hypemand import __version__, commands, reports
+from hypemand import __version__, commands, importing, reports
 from hypemand.commands import FAILED, OK, CommandError
 
 _ABOUT = """\
@@ -87,6 +88,31 @@ def _drop_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _add_import(add: Callable[..., Any]) -> None:
+    sub = add(
+        "import-hypeman",
+        importing.import_hypeman,
+        "take over the snapshot schedules of a Hypeman server",
+        "They keep their cadence, retention, metadata and last run. From the server of the config's backend of type"
+        " hypeman, from --url, or from a directory of Hypeman's files (in its data directory: snapshot-schedules)."
+        " Works with the running daemon, and without one. Done again, it changes nothing. Begin with --dry-run."
+        " Exit status: 0 all done, 1 some not.",
+    )
+    sub.add_argument("--url", metavar="URL", help="the server, where it is not the backend's own")
+    sub.add_argument("--token-file", type=Path, metavar="FILE", help="holds its token; mode 0600")
+    sub.add_argument("--ca-file", type=Path, metavar="FILE", help="certificates to trust instead of the system's")
+    sub.add_argument("--dir", type=Path, metavar="DIR", help="read files instead of a server")
+    sub.add_argument("--backend", metavar="NAME", help="the backend that has the instances here")
+    sub.add_argument("--replace", action="store_true", help="replace schedules that are there already and differ")
+    sub.add_argument(
+        "--take-over",
+        action="store_true",
+        help="have the server delete its own schedule of each instance, once hypemand has it safely",
+    )
+    sub.add_argument("--dry-run", action="store_true", help="change nothing; tell what would be done")
+    sub.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="hypemand",
@@ -149,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         "settle runs that a crash left open, so that every guest runs",
         "Beside a living daemon it has that one try again at once, and waits a few seconds.",
     )
+    _add_import(add)
     for sub in (check, status, plan, snapshots, history):
         sub.add_argument("--json", action="store_true", help="one JSON document on stdout, for programs")
     for sub in (status, plan, snapshots, history):

@@ -62,7 +62,8 @@ def load(options: argparse.Namespace) -> "tuple[Path, Config | None, list[Proble
         raise CommandError(f"config {path} can't be read: {error.strerror}{hint}", BAD_CONFIG) from None
 
 
-def _tell_problems(path: Path, problems: "list[Problem]") -> int:
+def tell_problems(path: Path, problems: "list[Problem]") -> int:
+    """Tell *problems* of the config at *path* on stderr; the exit status for that."""
     for problem in problems:
         print(f"{path}: {problem}", file=sys.stderr)
     print(f"hypemand: {len(problems)} problem{'s' * (len(problems) != 1)} in {path}", file=sys.stderr)
@@ -80,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
     version = file_version(find_config(options.config))  # before it is read: what is edited after counts as edited
     path, config, problems = load(options)
     if config is None:
-        return _tell_problems(path, problems)
+        return tell_problems(path, problems)
     import trio
 
     from hypemand.core.errors import InvalidInput
@@ -93,27 +94,27 @@ def run(options: argparse.Namespace) -> int:
     try:
         access = read_access(config.api) if config.api.listen is not None else None
     except InvalidInput as error:
-        return _tell_problems(path, list(error.problems))
+        return tell_problems(path, list(error.problems))
     set_up_log(config.log)
     trouble = None
     try:
         trio.run(run_daemon, path, version, config, access)
     except* LockHeldError as held:
-        trouble = CommandError(f"{_first(held)}; stop that one first", LOCKED)
+        trouble = CommandError(f"{first_error(held)}; stop that one first", LOCKED)
     except* NewerFormatError as newer:
         trouble = _newer(newer)
     except* StateUnusableError as unusable:
-        trouble = CommandError(f"{_first(unusable)}; see state_dir in {path}")
+        trouble = CommandError(f"{first_error(unusable)}; see state_dir in {path}")
     if trouble is not None:
         raise trouble  # raised in there, it would come out in a group
     return OK
 
 
 def _newer(error: BaseException) -> CommandError:
-    return CommandError(f"the state is that of a newer hypemand: {_first(error)}", BAD_CONFIG)
+    return CommandError(f"the state is that of a newer hypemand: {first_error(error)}", BAD_CONFIG)
 
 
-def _first(errors: BaseException) -> BaseException:
+def first_error(errors: BaseException) -> BaseException:
     """The first error in *errors*, out of all the nurseries that have wrapped it."""
     while isinstance(errors, BaseExceptionGroup):
         errors = errors.exceptions[0]
@@ -145,7 +146,7 @@ def check_config(options: argparse.Namespace) -> int:
     for warning in warnings:
         print(f"{path}: warning: {warning}", file=sys.stderr)
     if problems or config is None:
-        return _tell_problems(path, problems)
+        return tell_problems(path, problems)
     print(f"{path}: valid; backends: {len(config.backends)}, schedules: {len(config.schedules)}")
     return OK
 
@@ -215,7 +216,7 @@ def recover(options: argparse.Namespace) -> int:
     from hypemand.surface.log import set_up_log
 
     config_path, config = _config_or_guess(options)
-    asked = _ask_to_recover(config_path, config) if _daemon_may_run(config.state_dir) else None
+    asked = _ask_to_recover(config_path, config) if daemon_may_run(config.state_dir) else None
     if asked is not None:
         return asked
     set_up_log(config.log)
@@ -225,7 +226,7 @@ def recover(options: argparse.Namespace) -> int:
     except* NewerFormatError as newer:
         trouble = _newer(newer)
     except* OSError as errors:
-        error = _first(errors)
+        error = first_error(errors)
         assert isinstance(error, OSError)
         trouble = StateUnreadableError(error, config.state_dir)
     if trouble is not None:
@@ -235,7 +236,7 @@ def recover(options: argparse.Namespace) -> int:
     return _tell_recovered(result.summary, result.left)
 
 
-def _daemon_may_run(state_dir: Path) -> bool:
+def daemon_may_run(state_dir: Path) -> bool:
     """Whether a daemon may have *state_dir*, or another one that we don't know of.
 
     Who holds the lock tells. A socket that the service manager keeps open
@@ -286,7 +287,7 @@ def _config_or_guess(options: argparse.Namespace) -> "tuple[Path, Config]":
         return find_config(options.config), Config(state_dir)
     if config is not None:
         return path, config
-    _tell_problems(path, problems)
+    tell_problems(path, problems)
     return path, guess_config(path.read_bytes(), path.absolute().parent)
 
 

@@ -27,6 +27,7 @@ from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
 from hypemand.surface.api.app import api_routes, make_app
 from hypemand.surface.api.control import Control, control_routes
+from hypemand.surface.api.imports import import_route
 from hypemand.surface.api.openapi import openapi_route
 from hypemand.surface.hooks.hooks import Hooks
 from hypemand.surface.http.access import Access, CurrentAccess
@@ -140,10 +141,11 @@ class Daemon:
 
     def _front(self, engine: Engine, control: Control) -> Serving:
         assert self.metrics is not None
-        routes = [*api_routes(Requests(engine)), openapi_route(), self.metrics.route()]
+        requests = Requests(engine)
+        routes = [*api_routes(requests), openapi_route(), self.metrics.route()]
         return Serving(
             path=socket_path(self.config),
-            socket_app=make_app([*routes, *control_routes(control)]),
+            socket_app=make_app([*routes, *control_routes(control), import_route(requests)]),
             listen=self.config.api.listen,
             tcp_app=make_app(routes, self.access.client_of),
             tls=self.access.tls,

@@ -1,7 +1,9 @@
 """Set up for every test."""
 
+import fnmatch
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import structlog.testing
 from hypothesis import settings
 from structlog.typing import EventDict
 
+from tests.libvirt_site import is_required, missing_parts, require_libvirt
 from tests.processes import TOLD
 from tests.qemu_guest import require_qemu
 from tests.systemd_box import require_systemd
@@ -32,11 +35,29 @@ LONG = (
     "test_a_week_of_a_hundred_schedules",
     "test_a_guest_whose_hypervisor_hangs_is_thawed_even_after",
     "test_a_qemu_that_is_frozen",
+    "test_a_daemon_whose_libvirtd_hangs",
 )
 """Tests of more than a quarter of a minute, the longest first."""
 
 ONE_AT_A_TIME = ("test_qemu_faults.py",)
 """Files whose tests would disturb each other: all of them keep the disk busy, and look whether others are on time."""
+
+
+OF_LIBVIRT = "test_libvirt*.py"
+"""Files that import libvirt's binding, which may not be there."""
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out what can't even be imported, unless it is required."""
+    if fnmatch.fnmatch(collection_path.name, OF_LIBVIRT) and not is_required() and missing_parts():
+        return True
+    return None
+
+
+def pytest_report_header() -> str | None:
+    """Tell what is left out so."""
+    missing = missing_parts()
+    return f"{OF_LIBVIRT} and some of test_contract.py are left out: {missing} not found" if missing else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -78,6 +99,22 @@ def qemu_where_it_is_needed(request: pytest.FixtureRequest) -> None:
     """Here and not in the tests: a skip out of async code would not say what to install."""
     if request.node.get_closest_marker("qemu") is not None:
         require_qemu()
+
+
+@pytest.fixture(autouse=True)
+def libvirt_where_it_is_needed(request: pytest.FixtureRequest) -> None:
+    """The same for libvirt."""
+    if request.node.get_closest_marker("libvirt") is not None:
+        require_libvirt()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_libvirtd_ends() -> Iterator[None]:
+    """The libvirtd that some tests share is ended with the last one."""
+    yield
+    guests = sys.modules.get("tests.libvirt_guest")
+    if guests is not None:
+        guests.end_shared()
 
 
 @pytest.fixture

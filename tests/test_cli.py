@@ -23,6 +23,7 @@ COMMANDS = {
     "history": "newest last",
     "run-now": "taken at once",
     "recover": "every guest runs",
+    "import-hypeman": "Begin with --dry-run",
 }
 REPORTS = ("status", "plan", "snapshots", "history")
 

@@ -111,7 +111,7 @@ BAD: dict[str, tuple[str | bytes, str, str]] = {
         "api.tls_key",
         "needs TLS",
     ),
-    "unknown backend type": ('[backends.lab]\ntype = "vmware"', "backends.lab.type", "known here: embedded, qemu"),
+    "unknown backend type": ('[backends.lab]\ntype = "vmware"', "backends.lab.type", "known here: "),
     "backend without a type": ("[backends.lab]\nroot = 'x'", "backends.lab.type", "is missing"),
     "backend without its own key": ('[backends.lab]\ntype = "embedded"', "backends.lab.root", "is missing"),
     "backend with a bad name": (f"[backends.'a/b']{LAB.partition(']')[2]}", "backends.a/b", "a backend's name"),

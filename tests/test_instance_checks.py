@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import trio
@@ -34,6 +35,7 @@ retention = { max_count = 3 }
 class Answers:
     """A backend that answers as it is told; what is no answer hangs."""
 
+    name: ClassVar[str] = "vms"
     states: Mapping[str, Status | Exception | None] = field(factory=dict)
     prepared: Mapping[str, Preparation | Exception] = field(factory=dict)
     kinds: frozenset[SnapshotKind] = frozenset(SnapshotKind)
@@ -66,9 +68,10 @@ class Answers:
         return answer
 
 
-async def found(answers: Answers, *instances: str) -> list[str]:
+async def found(answers: Answers, *instances: str, used: bool = True) -> list[str]:
     backends: dict[str, Backend] = {"vms": answers}  # type: ignore[dict-item] # no more of it is asked
-    return await InstanceChecks(backends).warnings((InstanceId(name), "vms") for name in instances)
+    checks = InstanceChecks(backends, {"vms"} if used else ())
+    return await checks.warnings((InstanceId(name), "vms") for name in instances)
 
 
 async def test_warnings_and_advice_are_told_by_backend_and_instance() -> None:
@@ -85,6 +88,12 @@ async def test_warnings_and_advice_are_told_by_backend_and_instance() -> None:
 async def test_what_keeps_an_instance_from_being_captured_is_told(error: Exception) -> None:
     assert await found(Answers(prepared={"web-1": error}), "web-1") == [f"backends.vms: web-1: {error}"]
     assert await found(Answers(states={"web-1": error}), "web-1") == [f"backends.vms: web-1: {error}"]
+
+
+async def test_before_its_first_use_a_backend_may_lack_what_it_makes_at_that_and_no_more() -> None:
+    missing, raw = BackendUnavailable("no snapshot directory"), Unsupported("has a raw disk")
+    answers = Answers(prepared={"web-1": missing, "web-2": raw})
+    assert await found(answers, "web-1", "web-2", used=False) == ["backends.vms: web-2: has a raw disk"]
 
 
 async def test_an_instance_in_a_state_that_passes_is_no_finding() -> None:

@@ -301,6 +301,22 @@ async def test_an_operators_pause_during_the_wait_for_a_slot_is_not_undone(
         assert "Paused" in (w.schedule(waiting).last_error or "")
 
 
+async def test_only_who_waited_for_a_slot_is_asked_for_its_state_again_before_the_claim(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
+    entries = [entry("a", HOUR, first_run="now"), entry("web-1", HOUR, first_run="now")]
+    async with world(tmp_path, *entries, concurrency=1) as w:
+        w.backend.capture_s = 30
+        await trio.sleep(120)
+        assert w.outcomes() == ["succeeded", "succeeded"]
+        asked = {}
+        for instance in ("a", "web-1"):
+            (claimed_at,) = w.backend.times("pause", instance)
+            asked[claimed_at] = len([at for at in w.backend.times("state", instance) if at <= claimed_at])
+        first, second = [asked[at] for at in sorted(asked)]
+        assert second == first + 1
+
+
 async def test_too_little_room_fails_before_any_freeze(tmp_path: Path, virtual_clock: VirtualClock) -> None:
     async with world(tmp_path, entry("web-1", HOUR, first_run="now"), min_free=1000) as w:
         w.room.free_bytes = 1099

@@ -6,9 +6,11 @@ plain name is complete. Blocking: call it in a worker thread.
 """
 
 import contextlib
+import ctypes
 import itertools
 import os
 import shutil
+import stat
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -77,9 +79,15 @@ class Catalog:
     What reads raises `BackendUnavailable` where the catalog's filesystem is
     not there; what writes does so too, and lets `OSError` pass: what a full
     disk means is for the backend to say.
+
+    Attributes:
+        mode: Of the directories that are made.
+        group: To which they belong, a name or a number; None: as the filesystem has it.
     """
 
     root: Path
+    mode: int = 0o700
+    group: str | None = None
 
     def open(self, *, first_use: bool) -> None:
         """Make the directory and its marker on first use; afterwards only look for them.
@@ -91,7 +99,7 @@ class Catalog:
             self.check()
             return
         try:
-            self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._make(self.root)
             if not (self.root / MARKER).exists():
                 (self.root / MARKER).write_bytes(_MARKER_TEXT)
                 sync_tree(self.root, deep=False)
@@ -133,8 +141,29 @@ class Catalog:
         self.check()
         partial = self.partial(instance, snapshot_id)
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(mode=0o700, parents=True)
+        self._make(partial.parent)
+        partial.mkdir(mode=self.mode & 0o777)
+        self._open_up(partial)
         return partial
+
+    def _make(self, directory: Path) -> None:
+        if not directory.is_dir():
+            directory.mkdir(mode=self.mode & 0o777, parents=True, exist_ok=True)
+            self._open_up(directory)
+
+    def _open_up(self, directory: Path) -> None:
+        """For a hypervisor that runs as another user."""
+        if self.group is not None:
+            try:
+                shutil.chown(directory, group=int(self.group) if self.group.isdecimal() else self.group)
+            except LookupError as error:
+                raise BackendUnavailable(f"there is no group {self.group!r} here: see snapshot_group") from error
+            except OSError:  # in a user namespace a directory can have the group of the one above alone
+                if not directory.stat().st_mode & stat.S_ISGID:
+                    raise
+        # The service's sandbox forbids to set the bit by which a directory hands on its group; it is handed on itself.
+        if stat.S_IMODE(directory.stat().st_mode) not in (self.mode, self.mode | stat.S_ISGID):
+            directory.chmod(self.mode)
 
     def home(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a complete snapshot lives."""
@@ -241,13 +270,26 @@ def sync_tree(directory: Path, *, deep: bool = True) -> None:
             if entry.is_dir() and not entry.is_symlink():
                 sync_tree(entry)
             elif not entry.is_symlink():
-                _sync(entry)
+                try:
+                    _sync(entry)
+                except PermissionError:  # a hypervisor of another user has written it
+                    _sync(directory, whole_filesystem=True)
     _sync(directory)
 
 
-def _sync(path: Path) -> None:
+def _sync(path: Path, *, whole_filesystem: bool = False) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        if whole_filesystem:
+            _syncfs(descriptor)
+        else:
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _syncfs(descriptor: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.syncfs(descriptor) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))

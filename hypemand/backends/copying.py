@@ -18,6 +18,8 @@ from attrs import frozen
 from hypemand.backends.base import CaptureFailed, Meter
 
 CHUNK = 8 << 20
+_PIECE = 1 << 20
+_ZEROS = bytes(_PIECE)
 _FICLONE = 0x40049409  # linux/fs.h; the fcntl module of Python 3.11 does not name it
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_COPY_FILE_RANGE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
@@ -161,4 +163,11 @@ def _copy_some(reader: int, writer: int, offset: int, count: int) -> int:
             raise
         done = 0
     # Some filesystems answer 0 where they mean that they can't.
-    return done or os.pwrite(writer, os.pread(reader, count, offset), offset)
+    return done or _copy_data(reader, writer, offset, min(count, _PIECE))
+
+
+def _copy_data(reader: int, writer: int, offset: int, count: int) -> int:
+    data = os.pread(reader, count, offset)
+    if data == _ZEROS[: len(data)]:  # a device knows of no holes; the copy has one here
+        return len(data)
+    return os.pwrite(writer, data, offset)

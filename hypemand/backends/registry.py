@@ -14,7 +14,11 @@ from hypemand.core.errors import InvalidInput, Problem
 from hypemand.core.structure import new_converter, structure
 
 BUILT_IN = {
+    "cloud-hypervisor": "hypemand.backends.cloud_hypervisor",
     "embedded": "hypemand.backends.embedded",
+    "firecracker": "hypemand.backends.firecracker",
+    "hypeman": "hypemand.backends.hypeman",
+    "libvirt": "hypemand.backends.libvirt",
     "qemu": "hypemand.backends.qemu",
 }
 ENTRY_POINT_GROUP = "hypemand.backends"

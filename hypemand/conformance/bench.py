@@ -59,9 +59,13 @@ class Bench:
             name_prefix="nightly",
             first_run="now",
         )
+        runs = RunsConfig(min_free=0)
+        if not self._connect(self.name, self.connection).capabilities.abortable:
+            # A capture that can't be ended hangs for all of its time; that is not to keep the next from beginning.
+            runs = evolve(runs, max_freeze=2 * runs.capture_timeout)
         return Config(
             self.state_dir,
-            runs=RunsConfig(min_free=0),
+            runs=runs,
             backends={self.name: BackendConfig(str(self.connection["type"]), self.connection)},
             schedules=(entry,),
         )

@@ -13,12 +13,17 @@ from hypemand.core.model import InstanceState
 promise = Promises()
 
 
+def that_pauses(traits: Traits) -> bool:
+    """Whether there is a pause outside of a capture."""
+    return traits.pauses
+
+
 def that_marks(traits: Traits) -> bool:
     """Whether it knows its own pauses."""
     return traits.marks
 
 
-@promise
+@promise.where(that_pauses)
 async def pause_freezes_the_guest_and_resume_lets_it_run(subject: Subject) -> None:
     await paused(subject)
     assert not await subject.guest_runs()
@@ -27,7 +32,7 @@ async def pause_freezes_the_guest_and_resume_lets_it_run(subject: Subject) -> No
     assert await subject.guest_runs()
 
 
-@promise
+@promise.where(that_pauses)
 async def pausing_a_paused_guest_and_resuming_a_running_one_is_no_error(subject: Subject) -> None:
     await subject.backend.resume(subject.instance)
     assert await subject.guest_runs()

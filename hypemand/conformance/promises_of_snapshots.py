@@ -13,10 +13,15 @@ from hypemand.conformance.acts import (
     request_of,
 )
 from hypemand.conformance.promises import Promises
-from hypemand.conformance.subject import Subject
+from hypemand.conformance.subject import Subject, Traits
 from hypemand.core.model import Snapshot, SnapshotKind
 
 promise = Promises()
+
+
+def of_paused_guests(traits: Traits) -> bool:
+    """Whether it captures them."""
+    return traits.pauses
 
 
 @promise
@@ -65,7 +70,7 @@ async def a_capture_tells_the_freeze_where_the_hypervisor_measures_it(subject: S
     assert made.freeze_s in (None, whole.freeze_s)
 
 
-@promise
+@promise.where(of_paused_guests)
 async def a_paused_guest_stays_paused_over_a_capture(subject: Subject) -> None:
     await subject.operator_pauses()
     request = request_of(subject)

@@ -46,7 +46,7 @@ STEPS = (
     Step("state"),
     Step("prepare"),
     Step("make_ready", freezer=Freezer.ENGINE),
-    Step("last-look", "state", number=3, freezer=Freezer.ENGINE),
+    Step("last-look", "state", number=2, freezer=Freezer.ENGINE),
     Step("pause", freezer=Freezer.ENGINE),
     Step("capture"),
     Step("resume", freezer=Freezer.ENGINE),

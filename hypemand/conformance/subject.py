@@ -75,11 +75,14 @@ class Traits:
         freezes: As in its `Capabilities`.
         catalog: Whether it keeps its snapshots in a `hypemand.backends.catalog.Catalog`.
         marks: Whether it can tell a pause of its own from an operator's.
+        pauses: Whether `pause` makes a guest stand still, and a paused one can be captured. A hypervisor that freezes
+            by itself may do so within a capture alone.
     """
 
     freezes: Freezer = Freezer.ENGINE
     catalog: bool = False
     marks: bool = True
+    pauses: bool = True
 
 
 @frozen

@@ -15,7 +15,7 @@ from hypemand.conformance import (
 from hypemand.conformance.leaping import LeapingClock
 from hypemand.conformance.matrix import fault_cases
 from hypemand.conformance.subject import Case, Subject, SubjectMaker, Traits
-from hypemand.core.model import SnapshotKind
+from hypemand.core.model import Freezer, SnapshotKind
 
 
 def conformance(subject: SubjectMaker, traits: Traits = Traits()) -> Callable[[Case, Path], None]:  # noqa: B008 - frozen
@@ -58,6 +58,7 @@ def _case_of(traits: Traits) -> Case:
         assert able.freezes is traits.freezes, f"the backend says freezes={able.freezes}, its traits {traits.freezes}"
         assert SnapshotKind.STANDBY in able.kinds, "a guest that runs can't be captured"
         assert (subject.catalog is not None) == traits.catalog, "traits.catalog is not what Subject.catalog says"
+        assert traits.pauses or able.freezes is Freezer.HYPERVISOR, "the engine can't freeze without a pause"
 
     return Case("promise-its-traits-are-what-the-backend-says", check)
 

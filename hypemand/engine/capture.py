@@ -69,10 +69,12 @@ class Attempt:
         means = self.means
         # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
         with means.rush.begins():
-            await self._inspect()
+            found = await self._inspect()
         async with means.slots.take(self.backend.name) as slot, AsyncExitStack() as room:
             with means.rush.begins():
-                started = await self._begin(room)
+                if slot.waited:  # much may have changed meanwhile
+                    found = await self._inspect()
+                started = await self._begin(found, room)
             if await means.rush.wait() and not Steps(started.kind, started.freezes).pauses:
                 await self._check_unchanged(started)
             budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
@@ -82,10 +84,9 @@ class Attempt:
             self._warn_of_freeze(started, budget)
         await self._publish(captured.snapshot)
 
-    async def _begin(self, room: AsyncExitStack) -> RunStarted:
-        """Look, prepare and claim; *room* gets the promise of it."""
+    async def _begin(self, found: _Found, room: AsyncExitStack) -> RunStarted:
+        """Prepare and claim; *room* gets the promise of it."""
         means = self.means
-        found = await self._inspect()  # again: after the wait for the slot much may have changed
         means.rush.step()
         ready = await self._ask("prepare", lambda: self.backend.prepare(self.instance, found.steps.kind))
         means.rush.step()

@@ -59,27 +59,27 @@ class Requests:
                 be written yet. Then it is in force, and written as soon as that is possible.
         """
         await self.engine.rush.wait()  # no client makes runs late, however much it asks for
-        async with self._turn(instance):
-            self._refuse_if_not_ours(instance)
+        async with self.turn(instance):
+            self.refuse_if_not_ours(instance)
             store, clock = self.engine.store, self.engine.clock
-            home = await self._home(instance)
-            self._refuse_if_closed()
+            home = await self.home(instance)
+            self.refuse_if_closed()
             retired = None
             if instance not in store.schedules:
                 retired = await store.read_retired(instance)
-            self._refuse_if_not_ours(instance)  # once more: much may have changed while others were asked
-            self._refuse_if_a_pattern_has(instance, home.name)
+            self.refuse_if_not_ours(instance)  # once more: much may have changed while others were asked
+            self.refuse_if_a_pattern_has(instance, home.name)
             present = store.schedules.get(instance)
             first = first_run(instance, wanted.interval, now=clock.now(), wanted=None, zone=clock.zone())
             schedule = changed(
                 instance, wanted, present=present, retired=retired, home=home, now=clock.now(), first=first
             )
             try:
-                await self._write(schedule)
+                await self.write(schedule)
             finally:  # also when it is not written yet: it is in force
                 self.engine.scheduler.refresh(instance)
             if retired is not None:
-                await self._forget_retired(instance)
+                await self.forget_retired(instance)
         _tell(present, schedule, client)
         return self.get(instance)
 
@@ -91,8 +91,8 @@ class Requests:
             ConflictError: It is the config's.
             UnavailableError: The file can't be removed.
         """
-        async with self._turn(instance):
-            self._refuse_if_not_ours(instance)
+        async with self.turn(instance):
+            self.refuse_if_not_ours(instance)
             schedule = self.get(instance)
             try:
                 await self.engine.store.remove(instance)
@@ -102,7 +102,7 @@ class Requests:
                 raise _unwritable(instance, error) from error
             finally:  # also when it stays: a slot that came up meanwhile was passed over
                 self.engine.scheduler.refresh(instance)
-            await self._forget_retired(instance)  # one that a full disk left there, before this one was in force
+            await self.forget_retired(instance)  # one that a full disk left there, before this one was in force
         self.engine.look_soon()  # the config may have been waiting to have the instance
         _log.info("schedule deleted by a client; its snapshots stay", instance_id=instance, client=client)
 
@@ -140,7 +140,8 @@ class Requests:
         return await self.begin_run(instance, client).ended()
 
     @asynccontextmanager
-    async def _turn(self, instance: InstanceId) -> AsyncIterator[None]:
+    async def turn(self, instance: InstanceId) -> AsyncIterator[None]:
+        """Within the block, nobody else changes the schedule of *instance*."""
         lock = self._turns.setdefault(instance, trio.Lock())
         if lock.statistics().tasks_waiting >= MOST_WAITING:  # they go on when their clients have left
             raise UnavailableError(f"too many wait to change the schedule of {instance!r}")
@@ -151,7 +152,8 @@ class Requests:
             if not lock.locked():  # nobody waits for it either: clients may ask for any number of names
                 self._turns.pop(instance, None)
 
-    def _refuse_if_not_ours(self, instance: InstanceId) -> None:
+    def refuse_if_not_ours(self, instance: InstanceId) -> None:
+        """Raise `ConflictError` where the config file has the schedule, or its file can't be read."""
         store, config = self.engine.store, self.engine.config
         if instance in store.unreadable_instances:
             raise ConflictError(f"the schedule of {instance!r} has a file that can't be read: look at the log")
@@ -160,11 +162,13 @@ class Requests:
         if (present is None and by_name) or (present is not None and present.managed_by is ManagedBy.CONFIG):
             raise ConflictError(f"the schedule of {instance!r} is managed by the config file: change it there")
 
-    def _refuse_if_closed(self) -> None:
+    def refuse_if_closed(self) -> None:
+        """Raise `UnavailableError` once hypemand stops."""
         if self.engine.closed:  # its backends are let go of: nobody would know any instance
             raise UnavailableError("hypemand stops just now: nothing is changed any more")
 
-    def _refuse_if_a_pattern_has(self, instance: InstanceId, backend: str) -> None:
+    def refuse_if_a_pattern_has(self, instance: InstanceId, backend: str) -> None:
+        """Raise `ConflictError` where the config would make a schedule for *instance* by itself."""
         config = self.engine.config
         if instance in self.engine.store.schedules:
             return
@@ -172,9 +176,13 @@ class Requests:
             if entry.is_pattern and config.backend_of(entry) == backend and entry.matches(instance):
                 raise ConflictError(f"the pattern {entry.instance!r} in the config file takes in {instance!r}")
 
-    async def _home(self, instance: InstanceId) -> Home:
-        """The backend that knows *instance*, or, while nobody can tell, the one that had it."""
-        self._refuse_if_closed()
+    async def home(self, instance: InstanceId) -> Home:
+        """The backend that knows *instance*, or, while nobody can tell, the one that had it.
+
+        Raises:
+            NotFoundError, ConflictError, UnavailableError: None knows it, several do, or that can't be told now.
+        """
+        self.refuse_if_closed()
         knowing: list[str] = []
         silent: list[str] = []
 
@@ -226,13 +234,15 @@ class Requests:
             )
         raise NotFoundError(f"no backend knows an instance {instance!r}")
 
-    async def _write(self, schedule: Schedule) -> None:
+    async def write(self, schedule: Schedule) -> None:
+        """Put *schedule* in force, durably; `UnavailableError` where it is in force, and not written yet."""
         try:
             await self.engine.store.put(schedule)
         except OSError as error:
             raise _unwritable(schedule.instance_id, error) from error
 
-    async def _forget_retired(self, instance: InstanceId) -> None:
+    async def forget_retired(self, instance: InstanceId) -> None:
+        """Remove the file of a retired schedule: the instance has one in force again."""
         try:
             await self.engine.store.forget_retired(instance)
         except OSError as error:  # the file in force comes first at the next start, too

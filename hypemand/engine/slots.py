@@ -11,16 +11,24 @@ class Slot:
 
     The overall one is given back once no guest stands still for the run, the
     backend's once its hypervisor has no more work by it.
+
+    Attributes:
+        waited: Whether it had to be waited for.
     """
 
     def __init__(self, backend: trio.CapacityLimiter, overall: trio.CapacityLimiter) -> None:
         self._limiters = {"backend": backend, "overall": overall}
         self._held: set[str] = set()
+        self.waited = False
 
     async def take(self) -> None:
         """Wait for the backend's place first, so that one backend's runs don't fill all the overall ones."""
         for name, limiter in self._limiters.items():
-            await limiter.acquire_on_behalf_of(self)
+            try:
+                limiter.acquire_on_behalf_of_nowait(self)  # many that are due at one moment need no turn each
+            except trio.WouldBlock:
+                self.waited = True
+                await limiter.acquire_on_behalf_of(self)
             self._held.add(name)
 
     def release_overall(self) -> None:

@@ -22,7 +22,7 @@ LOOK_S = 0.5
 
 @frozen
 class LockOwner:
-    """Who holds the lock: ``daemon``, ``guard`` or ``recover``, and its process id (0 while it is not yet written).
+    """Who holds the lock: ``daemon``, ``guard``, ``recover`` or ``import``, and its process id (0: not yet written).
 
     Attributes:
         since: When it took the lock, by the filesystem's clock; None where that is not known.

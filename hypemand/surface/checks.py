@@ -68,7 +68,7 @@ async def _check_fleet(config: Config, fleet: Fleet, findings: Findings, *, inst
             for instance, (entry, name) in wanted.entries.items()
             if entry.enabled and name in discovery.instances
         ]
-        findings.warnings += await InstanceChecks(fleet.backends).warnings(scheduled)
+        findings.warnings += await InstanceChecks(fleet.backends, state.used_backends).warnings(scheduled)
 
 
 def _hook_warnings(hooks: HooksConfig) -> list[str]:

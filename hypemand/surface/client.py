@@ -117,22 +117,23 @@ class Client:
         """
         return self._document("GET", target, {key: value for key, value in query.items() if value is not None})
 
-    def post(self, target: str) -> dict[str, Any]:
+    def post(self, target: str, body: bytes | None = None) -> dict[str, Any]:
         """Have *target* done, and return the document that tells what came of it.
 
         Raises:
             NoAnswerError: There is none to be had.
         """
-        return self._document("POST", target, {})
+        return self._document("POST", target, {}, body)
 
-    def _document(self, method: str, target: str, query: dict[str, str]) -> dict[str, Any]:
+    def _document(self, method: str, target: str, query: dict[str, str], body: bytes | None = None) -> dict[str, Any]:
         with self._asked() as connection:
-            connection.request(method, f"{target}?{urlencode(query)}" if query else target)
+            headers = {} if body is None else {"content-type": "application/json"}
+            connection.request(method, f"{target}?{urlencode(query)}" if query else target, body, headers)
             response = connection.getresponse()
-            body = response.read()
+            told = response.read()
             if response.status != 200 or response.getheader(FORMAT_HEADER) != FORMAT:
-                raise NoAnswerError(Silence.STRANGE, self.path, _strange(response, body))
-            document = json.loads(body)
+                raise NoAnswerError(Silence.STRANGE, self.path, _strange(response, told))
+            document = json.loads(told)
         if not isinstance(document, dict):
             raise NoAnswerError(Silence.STRANGE, self.path)
         return document

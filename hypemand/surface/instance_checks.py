@@ -1,11 +1,11 @@
 """What stands in the way of a capture of each scheduled instance, found before its first run has to find it."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 import trio
 from attrs import define, field
 
-from hypemand.backends.base import Backend, BackendError, Preparation
+from hypemand.backends.base import Backend, BackendError, BackendUnavailable, Preparation
 from hypemand.core.errors import StateForbidsRun
 from hypemand.core.model import InstanceId
 from hypemand.core.runstate import decide_steps
@@ -19,9 +19,15 @@ MOST_TOLD = 20
 
 @define
 class InstanceChecks:
-    """Asks each instance for its state, and its backend to prepare a capture, which changes nothing."""
+    """Asks each instance for its state, and its backend to prepare a capture, which changes nothing.
+
+    Attributes:
+        used: Backends through which something was captured before. What others keep their snapshots in is not there
+            yet, and so they may be unable to prepare anything.
+    """
 
     backends: Mapping[str, Backend]
+    used: Collection[str]
     _found: dict[InstanceId, list[str]] = field(factory=dict)
 
     async def warnings(self, scheduled: Iterable[tuple[InstanceId, str]]) -> list[str]:
@@ -65,4 +71,9 @@ class InstanceChecks:
             return Preparation(
                 advice=(f"is {status.state}; this backend makes no {steps.kind} snapshots as it is configured",)
             )
-        return await answer("prepare", ANSWER_WITHIN_S, lambda: backend.prepare(instance, steps.kind))
+        try:
+            return await answer("prepare", ANSWER_WITHIN_S, lambda: backend.prepare(instance, steps.kind))
+        except BackendUnavailable:
+            if backend.name in self.used:
+                raise
+            return Preparation()

@@ -1,21 +1,19 @@
 """Clients that come over TCP and the tokens that they show. A token is never shown, logged or compared in the clear."""
 
-import errno
 import hmac
-import os
 import re
 import secrets
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 
 from attrs import field, frozen
 
+from hypemand.backends import private_files
+from hypemand.backends.private_files import NotPrivateError, read_private
 from hypemand.core.errors import InvalidInput, Problem
 from hypemand.surface.api.app import LOCAL_CLIENT
 
 SHORTEST = 8
-MOST_BYTES = 1024**2
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _TOKEN = re.compile(r"[!-~][ -~]*")  # spaces, too: "My API Key" is what Hypeman's documents show
 
@@ -111,7 +109,9 @@ def read_tokens(path: Path) -> Tokens:
         InvalidInput: With every problem, which never show a token.
     """
     try:
-        return Tokens(parse_tokens(_read(path).decode("utf-8-sig")))
+        return Tokens(parse_tokens(read_private(path).decode("utf-8-sig")))
+    except NotPrivateError as error:
+        problems = [f"{path} {error}"]
     except OSError as error:
         problems = [f"{path} can't be read: {error.strerror}"]
     except UnicodeDecodeError:
@@ -121,36 +121,6 @@ def read_tokens(path: Path) -> Tokens:
     raise InvalidInput(Problem("", problem) for problem in problems)
 
 
-def _read(path: Path) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a pipe's writer is not waited for
-    try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "it is no file")
-        if status.st_mode & _forbidden(path):
-            mode = stat.S_IMODE(status.st_mode)
-            wrong = f"is not taken: others can read it (mode {mode:04o}); run: chmod 600 {path}"
-            raise InvalidInput([Problem("", wrong)])
-        data = os.read(descriptor, MOST_BYTES + 1)
-    finally:
-        os.close(descriptor)
-    if len(data) > MOST_BYTES:
-        raise OSError(errno.EFBIG, "it is larger than 1 MiB")
-    return data
-
-
-def _forbidden(path: Path) -> int:
-    """Mode bits that the file at *path* must not have.
-
-    systemd gives a service's user its credentials by an access control list,
-    whose mask is what the group's bits of the mode then show.
-    """
-    by_systemd = os.environ.get("CREDENTIALS_DIRECTORY")
-    return 0o037 if by_systemd and path.parent == Path(by_systemd) else 0o077
-
-
 def credential() -> Path | None:
     """The file of the systemd credential ``tokens``; None where hypemand was given none."""
-    directory = os.environ.get("CREDENTIALS_DIRECTORY")
-    path = Path(directory) / "tokens" if directory else None
-    return path if path is not None and path.exists() else None
+    return private_files.credential("tokens")

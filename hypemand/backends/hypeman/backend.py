@@ -1,0 +1,253 @@
+"""The hypeman backend: a Hypeman server captures its guests itself, and keeps the snapshots.
+
+What it has no place for is in a catalog: under which run's id a snapshot is
+listed, and whether a guest may be down because it was asked for one.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import trio
+from attrs import Factory, evolve, field, frozen
+
+from hypemand.backends.base import (
+    BackendError,
+    BackendUnavailable,
+    Capabilities,
+    Captured,
+    CaptureFailed,
+    CaptureRequest,
+    InstanceNotFound,
+    InvalidState,
+    Preparation,
+    Settled,
+    Status,
+    Surroundings,
+    Unsupported,
+)
+from hypemand.backends.catalog import Catalog, Manifest
+from hypemand.backends.hypeman import drafts as writing
+from hypemand.backends.hypeman.documents import RUN_TAG, Kept, StrangeAnswerError, guests_of, kept_of
+from hypemand.backends.hypeman.drafts import Drafts
+from hypemand.backends.hypeman.guests import Guests, checked
+from hypemand.backends.hypeman.listing import Listing
+from hypemand.backends.hypeman.server import Answer, NotSentError, Server
+from hypemand.backends.hypeman.settings import HypemanSettings
+from hypemand.backends.hypeman.uncut import Uncut
+from hypemand.backends.registry import connection_of
+from hypemand.core.errors import RuleBroken
+from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
+from hypemand.core.naming import TAGS_MAX, check_instance_id, scheduled_tags
+
+OWN_SCHEDULE = (
+    "the Hypeman server has a schedule of its own for {}: it takes snapshots, too, and its retention deletes"
+    " hypemand's; have it taken over: hypemand import-hypeman --take-over"
+)
+_OWN_TAGS = len(scheduled_tags(InstanceId("any"), {})) + 1
+_NOT_SUPPORTED = "not_supported"
+_EXPECTED = {
+    SnapshotKind.STANDBY: (InstanceState.RUNNING, InstanceState.STANDBY),
+    SnapshotKind.STOPPED: (InstanceState.STOPPED,),
+}
+
+
+@frozen(eq=False)
+class HypemanBackend:
+    """Guests of a Hypeman server. See `hypemand.backends.base.Backend` for every method's promise."""
+
+    name: str
+    settings: HypemanSettings
+    catalog: Catalog
+    server: Server = field(init=False, default=Factory(lambda self: Server(self.settings), takes_self=True))
+    _uncut: Uncut = field(init=False, factory=Uncut)
+    _drafts: Drafts = field(init=False, default=Factory(lambda self: Drafts(self.catalog), takes_self=True))
+    _guests: Guests = field(init=False, default=Factory(lambda self: Guests(self.server, self._uncut), takes_self=True))
+    _listing: Listing = field(
+        init=False, default=Factory(lambda self: Listing(self.server, self._drafts, self._guests), takes_self=True)
+    )
+    _brought_back: dict[str, float | None] = field(init=False, factory=dict)
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """The server pauses and resumes by itself, and its captures can't be ended."""
+        return Capabilities(Freezer.HYPERVISOR, abortable=False, kinds=frozenset(SnapshotKind))
+
+    @property
+    def connection(self) -> Mapping[str, Any]:
+        """Settings with absolute paths; where the token is, and never the token."""
+        return connection_of("hypeman", self.settings)
+
+    async def open(self, *, first_use: bool) -> None:
+        """Open the catalog."""
+        await self._drafts.do(partial(self.catalog.open, first_use=first_use))
+
+    async def instances(self) -> frozenset[InstanceId]:
+        """Ids of the server's instances; it says so where it has none."""
+        answer = await self.server.ask("GET", "/instances")
+        if answer.status != 200:
+            raise BackendUnavailable(f"{self.settings.url}: {answer}")
+        found = set()
+        for guest in guests_of(answer.document):
+            with suppress(RuleBroken):
+                found.add(check_instance_id(guest.id))
+        return frozenset(found)
+
+    async def state(self, instance: InstanceId) -> Status:
+        """The state, in the server's own words."""
+        return (await self._guests.look(instance)).status
+
+    async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:  # noqa: ARG002 - both alike
+        """Which names are taken. Where the snapshots go, and how much room there is, the server alone knows."""
+        await self._drafts.do(self.catalog.check)
+        taken = [kept.name for kept in await self._listing.on_server(checked(instance))]
+        warnings: tuple[str, ...] = ()
+        if await self._listing.has_own_schedule(instance):
+            warnings = (OWN_SCHEDULE.format(instance),)
+        return Preparation(taken_names=frozenset(taken), warnings=warnings)
+
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """There is nothing to make ready."""
+        del instance, request
+        await trio.lowlevel.checkpoint()
+
+    async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Refuse: Hypeman's API has no pause; the server pauses by itself, within `capture`."""
+        del request
+        state = (await self.state(instance)).state
+        raise InvalidState(f"a Hypeman server can't be asked to pause a guest; it is {state}")
+
+    async def resume(self, instance: InstanceId) -> None:
+        """Leave the guest as it is: a pause outside of a capture is somebody else's."""
+        await self.state(instance)
+
+    async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
+        """Have the server make the snapshot. Cancelled, it is made nevertheless, for `settle` to find."""
+        tags = {**request.tags, RUN_TAG: request.run_id}
+        if len(tags) > TAGS_MAX:
+            most = TAGS_MAX - _OWN_TAGS
+            raise Unsupported(
+                f"the schedule's metadata has {len(tags) - _OWN_TAGS} tags: a Hypeman server takes {TAGS_MAX} with a"
+                f" snapshot, {_OWN_TAGS} of which are hypemand's, so take {most} at most"
+            )
+        await self._uncut.over(instance)
+        await self._check_state(instance, request)
+        draft = writing.new_draft(instance, request)
+        await self._drafts.begin(draft)
+        body = {"kind": request.kind.value, "name": request.name, "tags": tags}
+        began = trio.current_time()
+        try:
+            answer = await self._uncut.do(
+                instance, partial(self.server.have_done, f"/instances/{instance}/snapshots", body)
+            )
+        except NotSentError:
+            await self._drafts.do(self.catalog.discard, instance, request.run_id)
+            raise
+        took_s = trio.current_time() - began
+        whole = writing.completed(draft, await self._kept(answer, draft), self.settings)
+        await self._drafts.rewrite(whole)
+        return Captured(whole.snapshot(), took_s if request.freezes is Freezer.HYPERVISOR else None)
+
+    async def _check_state(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Look once more: a guest that somebody has put to standby meanwhile would be taken for one to be restored."""
+        state = (await self.state(instance)).state
+        expected = (InstanceState.RUNNING,) if request.freezes is not None else _EXPECTED[request.kind]
+        if state not in expected or (request.freezes is None and state is InstanceState.RUNNING):
+            was = " or ".join(expected if request.freezes else [one for one in expected if one != "Running"])
+            raise CaptureFailed(f"instance is {state} now, it was {was} when its run began")
+
+    async def _kept(self, answer: Answer, draft: Manifest) -> Kept:
+        """The snapshot that *answer* tells of.
+
+        Raises:
+            CaptureFailed: The server says that there is none, and why. The guest runs, or the text says that it
+                does not.
+            BackendUnavailable: It says nothing that can be relied on: `settle` looks what became of it.
+        """
+        if answer.status == 201:
+            with suppress(StrangeAnswerError):
+                return kept_of(answer.document)
+        if answer.code is None:
+            raise BackendUnavailable(f"what became of the snapshot is not known: {self.settings.url}: {answer}")
+        if answer.not_found:
+            raise InstanceNotFound(f"{self.settings.url}: {answer}")
+        said = f"the Hypeman server refuses: {answer}"
+        if answer.status >= 500 and answer.code != _NOT_SUPPORTED:
+            said = f"the Hypeman server failed: {answer}; its own log says more"
+        if writing.may_be_down(draft):
+            said += await self._brought_back_note(draft)
+        raise Unsupported(said) if answer.code == _NOT_SUPPORTED else CaptureFailed(said)
+
+    async def _brought_back_note(self, draft: Manifest) -> str:
+        """Look after the guest at once, and tell of it; `settle` does so again where it is in vain."""
+        try:
+            was_down = await self._guests.bring_back(draft.instance_id)
+        except BackendError as error:
+            return f"; and {error}"
+        await self._drafts.rewrite(writing.runs_again(draft))
+        return "; the guest was left in standby, and was restored" if was_down else ""
+
+    async def complete(self, captured: Captured) -> Captured:
+        """All is done while the guest stands still."""
+        await trio.lowlevel.checkpoint()
+        return captured
+
+    async def publish(self, snapshot: Snapshot) -> None:
+        """List it in the catalog."""
+        await self._drafts.do(self.catalog.publish, checked(snapshot.instance_id), snapshot.id)
+
+    async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
+        """What is in the catalog and on the server; and what the server's own schedules have left there."""
+        return tuple(snapshot for snapshot, _ in await self._listing.by_id(checked(instance)))
+
+    async def delete_snapshot(self, snapshot: Snapshot) -> None:
+        """Delete it on the server, then in the catalog."""
+        checked(snapshot.instance_id)
+        await self._drafts.do(self.catalog.check)
+        await self._listing.delete(snapshot)
+
+    async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
+        """Bring the guest back if the draft says that it may be down; adopt what the server has made, or nothing."""
+        del ours  # the draft is the mark
+        instance, run_id = checked(run.instance_id), run.run_id
+        await self._uncut.over(instance)
+        draft = await self._drafts.do(self.catalog.draft, instance, run_id)
+        if draft is not None:
+            await self._bring_back(draft)
+        kept = {one.run_id: one for one in await self._listing.on_server(instance)}.get(run_id)
+        snapshot = await self._settle_snapshot(run, draft, kept)
+        resumed = run_id in self._brought_back
+        return Settled(snapshot, resumed=resumed, freeze_s=self._brought_back.pop(run_id, None))
+
+    async def _bring_back(self, draft: Manifest) -> None:
+        with suppress(InstanceNotFound):  # then there is nothing to bring back
+            if not writing.may_be_down(draft):
+                await self._guests.look(draft.instance_id)  # only so the server is sure to be done with it
+            elif await self._guests.bring_back(draft.instance_id):
+                # What follows may fail, and the next settling has to know.
+                self._brought_back[draft.id] = writing.down_for_s(draft)
+        await self._drafts.rewrite(writing.runs_again(draft))
+
+    async def _settle_snapshot(self, run: RunStarted, draft: Manifest | None, kept: Kept | None) -> Snapshot | None:
+        instance, run_id = run.instance_id, run.run_id
+        if draft is not None and kept is not None:
+            await self._drafts.rewrite(writing.completed(draft, kept, self.settings))
+            await self._drafts.do(self.catalog.publish, instance, run_id)
+        # What is published is not touched by this; but what a deletion left that was cut short goes, too.
+        await self._drafts.do(self.catalog.discard, instance, run_id)
+        if kept is None:
+            return None
+        published = await self._drafts.do(self.catalog.find, instance, run_id)
+        return None if published is None else published.snapshot()
+
+    async def aclose(self) -> None:
+        """Let go of connections."""
+        await self.server.aclose()
+
+
+def build(name: str, settings: HypemanSettings, surroundings: Surroundings) -> HypemanBackend:
+    """Make the backend. Does no I/O."""
+    settings = settings.absolute()
+    catalog = settings.snapshot_dir or (surroundings.state_dir / "catalog" / name).absolute()
+    return HypemanBackend(name, evolve(settings, snapshot_dir=catalog), Catalog(catalog))

@@ -1,0 +1,93 @@
+"""How a guest is that may be down for a snapshot, and bringing it back."""
+
+from functools import partial
+
+import structlog
+from attrs import frozen
+
+from hypemand.backends.base import BackendUnavailable, InstanceNotFound
+from hypemand.backends.hypeman.documents import Guest, guest_of
+from hypemand.backends.hypeman.server import Server
+from hypemand.backends.hypeman.uncut import Uncut
+from hypemand.core.errors import RuleBroken
+from hypemand.core.model import InstanceId, InstanceState
+from hypemand.core.naming import check_instance_id
+
+_RUNS = (InstanceState.RUNNING, InstanceState.INITIALIZING)
+_OFF = (InstanceState.STOPPED, InstanceState.SHUTDOWN)
+_log = structlog.get_logger()
+
+
+def checked(instance: InstanceId) -> InstanceId:
+    """*instance*, if it can stand in a path.
+
+    Raises:
+        InstanceNotFound: It can't be the id of anything.
+    """
+    try:
+        return check_instance_id(instance)
+    except RuleBroken as error:
+        raise InstanceNotFound(f"no instance can have this id: {error}") from error
+
+
+@frozen(eq=False)
+class Guests:
+    """The guests of *server*."""
+
+    server: Server
+    uncut: Uncut
+
+    async def look(self, instance: InstanceId) -> Guest:
+        """The guest, asked anew. The server answers when it is done with what it just does to it.
+
+        Raises:
+            InstanceNotFound: The server says so.
+            BackendUnavailable: It says nothing that can be relied on.
+        """
+        answer = await self.server.ask("GET", f"/instances/{checked(instance)}")
+        if answer.not_found:
+            raise InstanceNotFound(f"{self.server.settings.url} has no instance {instance}")
+        if answer.status == 409 and answer.code == "ambiguous":  # it is the beginning of several others' ids
+            raise InstanceNotFound(f"{self.server.settings.url} has no instance of just this id: {answer}")
+        if answer.status != 200:
+            raise BackendUnavailable(f"{self.server.settings.url}: {answer}")
+        guest = guest_of(answer.document)
+        if guest.id != instance:
+            # It looks for names, too, and for the beginnings of ids; so there is none of this very id.
+            raise InstanceNotFound(
+                f"{self.server.settings.url} has no instance {instance}; it is a name, or the beginning of the id,"
+                f" of {guest.id}: schedules take ids"
+            )
+        return guest
+
+    async def bring_back(self, instance: InstanceId) -> bool:
+        """Have a guest that a capture has left in standby run again. Whether it was found there.
+
+        A guest that is off, or gone, is left so.
+
+        Raises:
+            BackendUnavailable: It does not run yet, or that can't be told.
+        """
+        await self.uncut.over(instance)
+        guest = await self.look(instance)
+        state = guest.status.state
+        if state in _RUNS or state in _OFF:
+            return False
+        if state is not InstanceState.STANDBY:
+            raise BackendUnavailable(_why_not_brought_back(guest))
+        _log.warning("guest left in standby by a capture; having it restored", instance_id=instance)
+        path = f"/instances/{instance}/restore"
+        answer = await self.uncut.do(instance, partial(self.server.have_done, path, {}))
+        state = (await self.look(instance)).status.state
+        if answer.status == 409 and state in (*_RUNS, *_OFF):
+            return False  # somebody else was faster: the server itself, most likely
+        if state in _RUNS:
+            return True
+        raise BackendUnavailable(f"the guest is {state}, it could not be restored: {answer}")
+
+
+def _why_not_brought_back(guest: Guest) -> str:
+    said = f"the guest may stand still since a capture that was cut short: it is {guest.state}"
+    if guest.status.state is InstanceState.PAUSED:
+        return f"{said}, which Hypeman's API can't resume; resume it at its hypervisor (docs/hypeman.md)"
+    return said + (f" ({guest.detail})" if guest.detail else "")

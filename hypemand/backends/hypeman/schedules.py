@@ -1,0 +1,105 @@
+"""The schedules that a Hypeman server keeps itself: reading them, and deleting one that hypemand has taken over."""
+
+from typing import Any
+from urllib.parse import quote
+
+import trio
+from attrs import frozen
+
+from hypemand.backends.base import BackendError, BackendUnavailable
+from hypemand.backends.hypeman.documents import Guest, guests_of
+from hypemand.backends.hypeman.server import Server
+from hypemand.backends.hypeman.settings import HypemanSettings
+from hypemand.core.naming import TAGS_MAX
+
+AT_ONCE = 8
+PATIENCE_S = 60.0
+"""A guest that is being captured just then keeps its schedule to itself for so long."""
+MOST_METADATA = TAGS_MAX - 3
+"""Of a schedule whose snapshots a server is to keep: the tags that hypemand adds want room, too."""
+
+
+@frozen
+class Found:
+    """The schedule of one instance, as the server or its file has it.
+
+    Attributes:
+        document: JSON values; None where it can't be had.
+        problem: Why not.
+    """
+
+    instance_id: str
+    document: Any = None
+    problem: str = ""
+
+
+async def read_schedules(settings: HypemanSettings) -> list[Found]:
+    """Every schedule of the server's instances, by instance.
+
+    Those of instances that were deleted it does not tell.
+
+    Raises:
+        BackendUnavailable: It can't be asked for its instances.
+    """
+    server = Server(settings)
+    found: list[Found] = []
+    limiter = trio.CapacityLimiter(AT_ONCE)
+
+    async def read(guest: Guest) -> None:
+        async with limiter:
+            with trio.move_on_after(PATIENCE_S) as waiting:
+                found.extend(await _read(server, guest.id))
+        if waiting.cancelled_caught:
+            found.append(Found(guest.id, problem=f"no answer within {PATIENCE_S:g} s"))
+
+    try:
+        answer = await server.ask("GET", "/instances")
+        if answer.status != 200:
+            raise BackendUnavailable(f"{settings.url}: {answer}")
+        async with trio.open_nursery() as nursery:
+            for guest in guests_of(answer.document):
+                nursery.start_soon(read, guest)
+    finally:
+        await server.aclose()
+    return sorted(found, key=lambda one: one.instance_id)
+
+
+async def _read(server: Server, instance: str) -> list[Found]:
+    try:
+        answer = await server.ask("GET", _path(instance))
+    except BackendError as error:
+        return [Found(instance, problem=str(error))]
+    if answer.not_found:
+        return []
+    if answer.status != 200:
+        return [Found(instance, problem=str(answer))]
+    return [Found(instance, answer.document)]
+
+
+async def delete_schedules(settings: HypemanSettings, instances: list[str]) -> dict[str, str]:
+    """Delete the server's own schedules of *instances*; their snapshots stay. Already gone: no error.
+
+    Returns:
+        Why one was not deleted, by instance.
+    """
+    server = Server(settings)
+    problems: dict[str, str] = {}
+    try:
+        for instance in instances:
+            try:
+                with trio.fail_after(PATIENCE_S):
+                    answer = await server.ask("DELETE", _path(instance))
+            except BackendError as error:
+                problems[instance] = str(error)
+            except trio.TooSlowError:
+                problems[instance] = f"no answer within {PATIENCE_S:g} s"
+            else:
+                if answer.status != 204 and not answer.not_found:
+                    problems[instance] = str(answer)
+    finally:
+        await server.aclose()
+    return problems
+
+
+def _path(instance: str) -> str:
+    return f"/instances/{quote(instance, safe='')}/snapshot-schedule"

@@ -1,0 +1,198 @@
+"""A capture, from the pause to the manifest. The guest's own VMM saves memory and devices.
+
+The VMM comes first, the disks after it: its call can't be ended, and copies
+can, at the end of the freeze budget; and only then has the VMM done with what
+the guest had asked of its disks.
+"""
+
+import os
+from pathlib import Path
+
+import structlog
+from attrs import Factory, evolve, frozen
+
+from hypemand.backends.base import BackendUnavailable, Captured, CaptureFailed, CaptureRequest, InvalidState
+from hypemand.backends.catalog import Manifest
+from hypemand.backends.copying import copy_file
+from hypemand.backends.vmm import disks as files
+from hypemand.backends.vmm.client import Client, ConnectionLost, Refused, SocketAbsent
+from hypemand.backends.vmm.dialect import Machine
+from hypemand.backends.vmm.disks import Sign
+from hypemand.backends.vmm.guests import SAVED, Guests
+from hypemand.backends.vmm.manifest import DISKS, Contents, Way, manifest_of
+from hypemand.backends.vmm.readying import ROOM, Ready, make_ready
+from hypemand.backends.vmm.rights import open_own, take_back
+from hypemand.backends.vmm.stopped import copy_stopped
+from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
+
+_log = structlog.get_logger()
+
+
+@frozen
+class Taken:
+    """A capture that has all that the guest had to stand still for: the *sizes* of its copies, by name."""
+
+    ready: Ready
+    sizes: dict[str, int]
+
+
+@frozen(eq=False)
+class Capturing:
+    """Captures the guests of one backend.
+
+    Attributes:
+        paused: For which run this backend has paused a guest, or tried to.
+    """
+
+    guests: Guests
+    paused: dict[InstanceId, str] = Factory(dict)
+    _ready: dict[InstanceId, Ready] = Factory(dict)
+    _taken: dict[InstanceId, Taken] = Factory(dict)
+
+    async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Have the directories there, and know the VMM."""
+        if self._is_ready(instance, request) or self.paused.get(instance) == request.run_id:
+            return
+        look, machine = await self.guests.dialect.inspect(self.guests.client(instance))
+        if look.state is not InstanceState.RUNNING:
+            raise InvalidState(f"instance is {look}: only a running one can be paused")
+        self._ready[instance] = await make_ready(self.guests, instance, request, machine)
+
+    def _is_ready(self, instance: InstanceId, request: CaptureRequest) -> bool:
+        ready = self._ready.get(instance)
+        return ready is not None and ready.request.run_id == request.run_id
+
+    async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
+        """Have the guest stand still, unless somebody else's pause is found."""
+        await self.make_ready(instance, request)
+        client, dialect = self.guests.client(instance), self.guests.dialect
+        look = await dialect.look(client)
+        ours = self.paused.get(instance) == request.run_id
+        if look.state is InstanceState.PAUSED and ours:
+            return
+        if look.state is not InstanceState.RUNNING:
+            raise InvalidState(f"instance is {look}, and not by hypemand: only a running one can be paused")
+        self.paused[instance] = request.run_id
+        try:
+            await dialect.pause(client)
+        except Refused as error:
+            if dialect.paused_already(error.reason):
+                del self.paused[instance]
+                raise InvalidState(f"instance was paused by somebody else just now: {error.reason}") from error
+            # Some devices may stand still, others not: whoever calls has the guest resumed.
+            raise BackendUnavailable(f"{dialect.title} could not pause the guest: {error.reason}") from error
+
+    async def resume(self, instance: InstanceId) -> None:
+        """Have the guest run again. Asked at once: whether there is need for it is seen by the answer."""
+        client = self.guests.client(instance)
+        try:
+            await self.guests.dialect.resume(client)
+        except SocketAbsent:
+            if not client.has_ended():
+                raise
+            _log.warning("the VMM has ended while its guest stood still for us", instance_id=instance)
+        except (Refused, ConnectionLost):
+            await self._resume_if_paused(client)
+        self.paused.pop(instance, None)
+
+    async def _resume_if_paused(self, client: Client) -> None:
+        look = await self.guests.dialect.look(client)
+        if look.state is InstanceState.PAUSED:
+            await self.guests.dialect.resume(client)
+        elif look.state is not InstanceState.RUNNING:
+            raise InvalidState(f"instance is {look}: there is nothing to resume")
+
+    async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
+        """What the guest has to stand still for."""
+        if request.kind is SnapshotKind.STOPPED:
+            ready, sizes = await copy_stopped(self.guests, instance, request)
+            return self._take(instance, Taken(ready, sizes), {})
+        client, dialect = self.guests.client(instance), self.guests.dialect
+        if not self._is_ready(instance, request):
+            machine = await self._inspect(client)
+            self._ready[instance] = await make_ready(self.guests, instance, request, machine)
+        ready = self._ready[instance]
+        try:
+            await dialect.save(client, self.guests.view(instance).name_of(ready.saving))
+        except Refused as error:
+            raise CaptureFailed(f"{dialect.title} could not save the guest: {error.reason}") from error
+        signs = await self.guests.in_thread(files.signs_of, ready.disks)
+        sizes = await files.copy_disks(ready.disks, ready.partial / DISKS, request.meter, request.freeze_deadline)
+        return await self._check(instance, Taken(ready, sizes), signs)
+
+    async def _check(self, instance: InstanceId, taken: Taken, signs: tuple[Sign, ...]) -> Captured:
+        """Make sure that all of it is of one instant, and of the disks that the guest has."""
+        machine = await self._inspect(self.guests.client(instance))
+        now, saved = await self.guests.in_thread(
+            lambda: (files.signs_of(taken.ready.disks), _sizes(taken.ready.saving))
+        )
+        if machine.drives != taken.ready.machine.drives or now != signs:
+            raise CaptureFailed("the guest's disks were changed while it was captured")
+        return self._take(instance, taken, saved)
+
+    async def _inspect(self, client: Client) -> Machine:
+        look, machine = await self.guests.dialect.inspect(client)
+        if look.state is not InstanceState.PAUSED:
+            raise CaptureFailed(f"instance is {look}, and has to stand still: somebody else has resumed it")
+        return machine
+
+    def _take(self, instance: InstanceId, taken: Taken, saved: dict[str, int]) -> Captured:
+        """Know what the snapshot consists of; it is written down once the guest runs."""
+        self._ready.pop(instance, None)
+        self._taken[instance] = taken
+        return Captured(self._manifest(instance, taken, saved).snapshot())
+
+    def _manifest(self, instance: InstanceId, taken: Taken, saved: dict[str, int]) -> Manifest:
+        ready, guests = taken.ready, self.guests
+        way = Way(
+            guests.dialect,
+            guests.catalog.home(instance, ready.request.run_id),
+            guests.settings.socket_of(instance),
+            ready.writer,
+            guests.chroot_of(instance),
+        )
+        contents = Contents(ready.disks, taken.sizes, saved, ready.machine.drives)
+        return manifest_of(instance, ready.request, contents, way, ready.identity)
+
+    async def complete(self, captured: Captured) -> Captured:
+        """Take back what the VMM has written, and write the manifest."""
+        snapshot = captured.snapshot
+        taken = self._taken.pop(snapshot.instance_id)
+        saved = await self._take_back(taken.ready) if snapshot.kind is SnapshotKind.STANDBY else {}
+        manifest = self._manifest(snapshot.instance_id, taken, saved)
+        await self.guests.in_thread(self.guests.catalog.write_manifest, manifest)
+        await self.guests.in_thread(self.guests.drop_saving, snapshot.instance_id, snapshot.id)
+        return evolve(captured, snapshot=manifest.snapshot())
+
+    async def _take_back(self, ready: Ready) -> dict[str, int]:
+        """Have the VMM's files in the catalog, also from the VMM's own root directory."""
+        target = ready.partial / SAVED
+        saved, left = await self.guests.in_thread(take_back, ready.saving, target)
+        self._check_whole(ready.saving, saved)
+        await self.guests.in_thread((ready.partial / ROOM).unlink, missing_ok=True)
+        if left:
+            descriptor = await self.guests.in_thread(open_own, ready.saving)
+            try:
+                for name in left:
+                    await copy_file(Path(f"/proc/self/fd/{descriptor}") / name, target / name)
+            finally:
+                os.close(descriptor)
+        return saved
+
+    def _check_whole(self, saving: Path, saved: dict[str, int]) -> None:
+        missing = [name for name in self.guests.dialect.saved if not saved.get(name)]
+        if missing:
+            raise CaptureFailed(
+                f"{self.guests.dialect.title} says that it has saved the guest, but {' and '.join(missing)} can't be"
+                f" found in {saving}: does it see the same directory there?"
+            )
+
+    def forget(self, instance: InstanceId) -> None:
+        """Let go of what was made ready for a capture that is over, or never came."""
+        self._taken.pop(instance, None)
+        self._ready.pop(instance, None)
+
+
+def _sizes(directory: Path) -> dict[str, int]:
+    with os.scandir(directory) as entries:
+        return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}

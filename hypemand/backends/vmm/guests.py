@@ -1,0 +1,133 @@
+"""How the guests of one backend are reached, and where their files are."""
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import trio
+from attrs import field, frozen
+
+from hypemand.backends.base import BackendUnavailable, InstanceNotFound
+from hypemand.backends.catalog import Catalog
+from hypemand.backends.questions import Questions
+from hypemand.backends.templates import filled
+from hypemand.backends.vmm.client import Client, SocketAbsent
+from hypemand.backends.vmm.dialect import Dialect
+from hypemand.backends.vmm.disks import locked
+from hypemand.backends.vmm.rights import Writer, group_id
+from hypemand.backends.vmm.settings import VmmSettings
+from hypemand.backends.vmm.views import View
+from hypemand.core.errors import RuleBroken
+from hypemand.core.model import InstanceId
+from hypemand.core.naming import check_instance_id
+
+T = TypeVar("T")
+SAVED = "vmm"
+"""Directory in a snapshot of what the VMM has written."""
+
+
+@frozen(eq=False)
+class Guests:
+    """The guests of one backend.
+
+    Attributes:
+        chroot: Where each VMM has its root directory, with ``{instance}``; None: where we have ours.
+    """
+
+    dialect: Dialect
+    settings: VmmSettings
+    catalog: Catalog
+    chroot: Path | None = None
+    _questions: Questions = field(init=False, factory=Questions)
+    _limiter: trio.CapacityLimiter = field(init=False, factory=lambda: trio.CapacityLimiter(40))
+    _clients: dict[InstanceId, Client] = field(init=False, factory=dict)
+
+    def client(self, instance: InstanceId) -> Client:
+        """What asks the VMM of *instance*."""
+        if instance not in self._clients:
+            self._clients[instance] = Client(self.settings.socket_of(checked(instance)))
+        return self._clients[instance]
+
+    def chroot_of(self, instance: InstanceId) -> Path | None:
+        """The root directory of its VMM, where that is not ours."""
+        return None if self.chroot is None else filled(self.chroot, instance)
+
+    def view(self, instance: InstanceId) -> View:
+        """How its VMM, which has given an answer, sees files."""
+        return View(self.chroot_of(instance), self.client(instance).peer)
+
+    def writer(self, instance: InstanceId) -> Writer:
+        """The user of its VMM, which has given an answer. Blocking."""
+        return Writer(self.client(instance).peer, group_id(self.settings.snapshot_group))
+
+    def saving(self, instance: InstanceId, run_id: str) -> Path:
+        """The directory that the VMM writes into for a run: in the snapshot, or where it can get to."""
+        chroot = self.chroot_of(instance)
+        return self.catalog.partial(instance, run_id) / SAVED if chroot is None else chroot / f".hypemand-{run_id}"
+
+    def drop_saving(self, instance: InstanceId, run_id: str) -> None:
+        """Remove that directory where it is no part of the snapshot. Blocking."""
+        if self.chroot is not None:
+            shutil.rmtree(self.saving(instance, run_id), ignore_errors=True)
+
+    async def files_of_stopped(self, instance: InstanceId, absent: SocketAbsent) -> list[Path]:
+        """The disks of a guest at whose socket nobody listens. Without any, nothing is known of it.
+
+        Raises:
+            BackendUnavailable: There are none, or its VMM runs all the same.
+        """
+        client = self.client(instance)
+        if client.peer is not None and client.is_alive():
+            raise BackendUnavailable(f"{absent}; but its VMM runs (process {client.peer.pid})") from absent
+        files = await self.in_thread(self.settings.disks_of, instance)
+        if used := await self.in_thread(locked, files):
+            raise BackendUnavailable(f"{absent}; but a process has locked {', '.join(used)}") from absent
+        if files:
+            return files
+        if not self.settings.disks:
+            raise absent
+        patterns = ", ".join(map(str, self.settings.disks))
+        raise BackendUnavailable(f"{absent}; and no disk fits {patterns}: is a filesystem not mounted?") from absent
+
+    # Threads of its own: a hung filesystem below this catalog stops no other backend.
+
+    async def in_thread(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        """Do blocking *work*; it is left behind on cancellation.
+
+        Raises:
+            BackendUnavailable: In place of an `OSError`.
+        """
+        with self._as_unavailable():
+            return await trio.to_thread.run_sync(
+                partial(work, *args, **kwargs), abandon_on_cancel=True, limiter=self._limiter
+            )
+
+    async def told(self, work: Callable[..., T], *args: Any) -> T:
+        """As `in_thread`, for what only reads little."""
+        with self._as_unavailable():
+            return await self._questions.ask(work, *args)
+
+    @contextlib.contextmanager
+    def _as_unavailable(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise BackendUnavailable(f"{error.filename or self.catalog.root}: {error.strerror}") from error
+
+    async def aclose(self) -> None:
+        """Close all connections."""
+        for client in self._clients.values():
+            await client.aclose()
+        self._clients.clear()
+        await trio.lowlevel.checkpoint()
+
+
+def checked(instance: InstanceId) -> InstanceId:
+    """*instance*, if it may be part of a path."""
+    try:
+        return check_instance_id(instance)
+    except RuleBroken as error:
+        raise InstanceNotFound(f"no instance can have this id: {error}") from error
