@@ -41,7 +41,12 @@ class Pause(IntEnum):
 
 OF_A_SNAPSHOT = frozenset({Pause.SAVE, Pause.SNAPSHOT})
 """A snapshot is being made; or, where nothing is under way any more, libvirt's daemon ended in the middle of one."""
-_OF_A_JOB = OF_A_SNAPSHOT | {Pause.MIGRATION, Pause.DUMP, Pause.STARTING_UP, Pause.POSTCOPY}
+LEFT_PAUSED = OF_A_SNAPSHOT | {Pause.API_ERROR}
+"""Where nothing is under way: libvirt meant to let the guest go on, and its daemon ended, or the resume failed.
+
+Older versions do not change the reason when it fails; later ones, and all after a failed save, tell API_ERROR.
+"""
+_OF_A_JOB = LEFT_PAUSED | {Pause.MIGRATION, Pause.DUMP, Pause.STARTING_UP, Pause.POSTCOPY}
 _IN_TROUBLE = frozenset({Pause.IO_ERROR, Pause.WATCHDOG, Pause.CRASHED, Pause.SHUTTING_DOWN, Pause.POSTCOPY_FAILED})
 
 
