@@ -9,6 +9,7 @@ system's.
 import os
 import shutil
 import signal
+import socket as sockets
 import subprocess
 import tempfile
 import time
@@ -163,11 +164,15 @@ class Libvirtd:
                 [program, "-f", str(self.base / "libvirtd.conf")], stdout=log, stderr=log, **self.process_options()
             )
         until = time.monotonic() + PATIENCE_S
-        while not self.socket.exists():
+        while not self._listens():
             if self.process.poll() is not None or time.monotonic() > until:
                 lines = self.log.read_text(errors="replace").splitlines() or ["it says nothing"]
                 raise NotStarted(f"libvirtd does not start: {lines[-1]}")
             time.sleep(_POLL_S)
+
+    def _listens(self) -> bool:
+        with sockets.socket(sockets.AF_UNIX) as one:
+            return one.connect_ex(os.fspath(self.socket)) == 0
 
     def kill(self) -> None:
         """SIGKILL it, and return once it is gone. Its guests stay."""

@@ -41,7 +41,7 @@ name_prefix = "nightly"
 
 async def names_of(lab: Lab) -> list[str]:
     """What ``hypemand snapshots`` lists."""
-    return [found["name"] for found in (await run_cli("snapshots", "-c", lab.config, "--json")).json]
+    return [found["name"] for found in (await run_cli("snapshots", "web-1", "-c", lab.config, "--json")).json]
 
 
 async def test_a_guest_is_captured_on_schedule_and_pruned(lab: Lab) -> None:
