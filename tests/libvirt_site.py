@@ -6,6 +6,7 @@ Where the tests are run by root, it is run by nobody, for root's would be the
 system's.
 """
 
+import gc
 import os
 import shutil
 import signal
@@ -178,6 +179,19 @@ class Libvirtd:
         """SIGKILL it, and return once it is gone. Its guests stay."""
         self.process.kill()
         self.process.wait()
+
+    @contextmanager
+    def hung(self) -> Iterator[None]:
+        """Have it stand still, as if it hung, until the end of the block."""
+        # What a test has left of libvirt's would be freed meanwhile, in the event loop, and that waits for the daemon.
+        gc.collect()
+        gc.disable()
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+            gc.enable()
 
     def end(self) -> None:
         """End daemon and guests, by force."""
