@@ -1,6 +1,7 @@
 """What the embedded backend promises beyond the contract."""
 
 import json
+import re
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
