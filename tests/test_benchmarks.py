@@ -119,6 +119,11 @@ def test_the_table_tells_values_ratio_goal_and_why_there_is_none() -> None:
     assert "ext4 at /var/tmp, load 0.25 before" in lines[1]
 
 
+def test_a_note_that_several_rows_share_is_told_once() -> None:
+    rows = [evolve(LATE, title=title, theirs=None, note="no peer here") for title in ("a", "b", "a")]
+    assert report(*rows).table().splitlines()[-2:] == ["", "a; b: no peer here"]
+
+
 def test_the_markdown_table_has_a_row_for_each() -> None:
     lines = report(RATE, LATE, quick=False).markdown().splitlines()
     table = [line for line in lines if line.startswith("|")]
@@ -194,6 +199,11 @@ def test_what_is_measured_again_counts_where_it_is_better() -> None:
     best = at_best(slow, report(evolve(LATE, ours=41.0), evolve(RATE, ours=0.5)))
     assert [row.ours for row in best.rows] == [41.0, 1.0]
     assert doubtful(best, KEPT) == ["runs"]
+
+
+def test_what_has_no_peer_here_is_not_measured_again() -> None:
+    without = report(evolve(LATE, theirs=None, note="no peer here"), evolve(RATE, ours=1.0))
+    assert doubtful(without, KEPT) == ["runs"]
 
 
 def test_a_figure_that_failed_once_counts_by_its_second_try() -> None:

@@ -468,7 +468,7 @@ async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(
     if not held:
         monkeypatch.setattr(holding, "_start", fail)
     async with opened(tmp_path, scheme) as (site, backend):
-        site.fault(SNAPSHOTS, takes_s=0.5)
+        site.fault(SNAPSHOTS, takes_s=1.5)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.capture, WEB, new_request())
             await wait_until(lambda: site.state() == "Standby", "the capture")
@@ -483,7 +483,7 @@ async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(
 async def test_a_guest_that_the_server_is_just_about_to_bring_back_is_its_own_business(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
         site.be_hasty()
-        site.fault(SNAPSHOTS, takes_s=0.5)
+        site.fault(SNAPSHOTS, takes_s=2)
         nursery.start_soon(backend.capture, WEB, new_request())
         await wait_until(lambda: site.state() == "Standby", "the capture")
         other = site.backend(tmp_path)  # another process, which knows nothing of the request that is under way
@@ -499,7 +499,7 @@ async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(
         site.fault(RESTORE, status=503)
         with pytest.raises(CaptureFailed):
             await backend.capture(WEB, new_request())
-        site.fault(RESTORE, takes_s=0.5)
+        site.fault(RESTORE, takes_s=2)
         with trio.move_on_after(0.2) as hasty:
             await settle(backend, new_request())
         assert hasty.cancelled_caught
@@ -587,6 +587,14 @@ async def test_nothing_that_is_not_ours_for_sure_is_listed_of_an_instance_that_i
         ours = await take(backend)
         site.remove_guest()
         assert await backend.list_snapshots(WEB) == (ours,)
+
+
+async def test_settling_clears_up_after_a_deletion_that_was_cut_short(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (_, backend):
+        snapshot = await take(backend)
+        (tmp_path / "catalog" / WEB / ".run-0.deleted").mkdir()
+        assert (await settle(backend, new_request())).snapshot == snapshot
+        assert [path.name for path in (tmp_path / "catalog" / WEB).iterdir()] == ["run-1"]
 
 
 async def test_a_lost_catalog_takes_no_snapshot_along(tmp_path: Path) -> None:
@@ -718,7 +726,7 @@ async def test_a_connection_that_is_made_anew_is_held_anew(tmp_path: Path) -> No
     async with opened(tmp_path) as (site, backend):
         others = children_of(os.getpid())
         site.fault(SNAPSHOTS, status=401, body={"code": "Unauthorized", "message": "invalid token"}, cut="then")
-        site.fault(SNAPSHOTS, takes_s=0.5)
+        site.fault(SNAPSHOTS, takes_s=1.5)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(backend.capture, WEB, new_request())
             await wait_until(lambda: site.state() == "Standby", "the capture")

@@ -1,6 +1,7 @@
 """Guests of Cloud Hypervisor and Firecracker: one instant of memory and disks, and back to it."""
 
 import json
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import trio
 
 from hypemand.backends import registry
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, InvalidState, Unsupported
-from hypemand.backends.catalog import MANIFEST
+from hypemand.backends.catalog import MANIFEST, MARKER
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceState, RestoreAction, Snapshot, SnapshotKind
 from tests.vmm_backend import (
@@ -56,9 +57,8 @@ async def test_memory_and_disks_of_a_snapshot_are_of_one_instant(kind: str, tmp_
 @pytest.mark.parametrize("jailed", [False, True])
 async def test_the_steps_of_a_restore_lead_back_to_the_saved_count(kind: str, jailed: bool, tmp_path: Path) -> None:
     chroot = tmp_path / "jail" / "web-1" / "root" if jailed and kind == FIRECRACKER else None
-    socket = Path(f"/tmp/hypemand-test-{tmp_path.name[:40]}-{jailed}") / "web-1.sock"
-    socket.parent.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix="hypemand-") as short:
+        socket = Path(short) / "web-1.sock"
         async with running(kind, tmp_path, chroot=chroot, socket=socket, tick_s=0.01) as (guest, backend):
             snapshot = await published(backend, guest)
             later = await guest.ticks() + 20
@@ -75,9 +75,6 @@ async def test_the_steps_of_a_restore_lead_back_to_the_saved_count(kind: str, ja
             assert restored.state() in ("Paused", "Not started")
             carry_out(snapshot.restore, RestoreAction.MONITOR)
             assert saved < await restored.ticks() < later
-    finally:
-        socket.unlink(missing_ok=True)
-        socket.parent.rmdir()
 
 
 @both
@@ -348,3 +345,35 @@ async def test_the_connection_says_all_that_another_process_needs(kind: str, tmp
         assert told["disks"] == ["/d/{instance}/*.raw"]
         assert (told["snapshot_group"], told["snapshot_mode"]) == ("0", "2750")
         assert backend.capabilities.kinds == {SnapshotKind.STANDBY, SnapshotKind.STOPPED}
+
+
+@both
+async def test_the_guest_is_thawed_also_where_the_catalog_is_not_mounted_and_that_is_told_later(
+    kind: str, tmp_path: Path
+) -> None:
+    marker = tmp_path / "catalog" / MARKER
+    async with running(kind, tmp_path) as (guest, backend):
+        await frozen(backend, guest)
+        marker.rename(tmp_path / "away")
+        with pytest.raises(BackendUnavailable, match=r"no \.hypemand-catalog"):
+            await backend.settle(run_of(backend, guest), ours=True)
+        assert guest.state() == "Running"
+        (tmp_path / "away").rename(marker)
+        settled = await backend.settle(run_of(backend, guest), ours=True)
+        assert (settled.resumed, settled.snapshot) == (True, None)
+        assert list((tmp_path / "catalog").glob("*/.*")) == []
+
+
+@both
+async def test_settling_waits_for_a_save_that_nobody_waits_for_any_more(kind: str, tmp_path: Path) -> None:
+    async with running(kind, tmp_path, save_s=0.5) as (guest, backend):
+        asked = await frozen(backend, guest)
+        with trio.move_on_after(0.1):
+            await backend.capture(guest.instance_id, asked)
+        other = connect(guest, tmp_path)  # as after a crash
+        settled = await other.settle(run_of(backend, guest), ours=True)
+        assert settled.resumed
+        assert guest.saves() == 1
+        assert list((tmp_path / "catalog").glob("*/.*")) == []
+        await other.aclose()
+        assert await guest.ticks()

@@ -89,14 +89,14 @@ async def test_an_answer_that_makes_no_sense_is_no_state(
 
 
 @both
-async def test_one_connection_serves_many_questions_and_is_closed_in_the_end(kind: str, tmp_path: Path) -> None:
-    async with running_guest(kind, tmp_path) as guest:
-        async with opened(guest, tmp_path) as backend:
-            for _ in range(5):
-                await backend.state(guest.instance_id)
-            assert len(connections(guest.socket)) == 1
-            await published(backend, guest)
-            assert len(connections(guest.socket)) == 1
+async def test_nothing_stays_open_between_questions(kind: str, tmp_path: Path) -> None:
+    async with running(kind, tmp_path) as (guest, backend):
+        await backend.state(guest.instance_id)
+        before = len(list(Path("/proc/self/fd").iterdir()))
+        for _ in range(5):
+            await backend.state(guest.instance_id)
+        await published(backend, guest)
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before
         with trio.fail_after(10):
             while connections(guest.socket):
                 await trio.sleep(0.01)
@@ -120,6 +120,18 @@ async def test_a_cancelled_question_closes_its_connection(kind: str, tmp_path: P
         with trio.fail_after(10):
             while len(connections(guest.socket)) > 1:
                 await trio.sleep(0.01)
+
+
+@both
+async def test_a_cancelled_pause_is_over_before_the_guest_is_resumed(kind: str, tmp_path: Path) -> None:
+    async with running(kind, tmp_path) as (guest, backend):
+        guest.fail_pause(wait_s=0.3)
+        with trio.move_on_after(0.1) as scope:
+            await frozen(backend, guest)
+        assert scope.cancelled_caught
+        await backend.resume(guest.instance_id)
+        assert await guest.ticks()
+        assert guest.state() == "Running"
 
 
 @both

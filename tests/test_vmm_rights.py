@@ -16,7 +16,7 @@ import trio
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.catalog import Catalog
 from hypemand.backends.vmm.client import Peer
-from hypemand.backends.vmm.rights import Writer, seal
+from hypemand.backends.vmm.rights import Writer, open_own, take_back
 from hypemand.core.model import RestoreAction, SnapshotKind
 from tests.vmm_backend import captured, carry_out, frozen, opened, published, run_of
 from tests.vmm_guest import FIRECRACKER, KINDS, Guest, make_disk, running_guest
@@ -160,8 +160,23 @@ def test_what_the_vmm_left_that_is_no_file_is_not_taken_over(place: Path) -> Non
     directory.mkdir()
     (directory / "memory").symlink_to("/etc/passwd")
     with pytest.raises(CaptureFailed, match="memory is not a file"):
-        seal(directory)
+        take_back(directory, place)
     assert Path("/etc/passwd").stat().st_mode & 0o777 == 0o644
+
+
+def test_a_directory_that_somebody_put_in_the_place_of_ours_is_not_touched(place: Path) -> None:
+    ours = place / "ours"
+    ours.mkdir(mode=0o700)
+    os.close(open_own(ours))
+    os.chown(ours, USER, USER)
+    with pytest.raises(BackendUnavailable, match="somebody has changed it"):
+        open_own(ours)
+    (place / "link").symlink_to("/etc")
+    with pytest.raises(OSError, match="link"):
+        open_own(place / "link")
+    with pytest.raises(OSError, match="link"):
+        take_back(place / "link", place)
+    assert Path("/etc").stat().st_mode & 0o777 == 0o755
 
 
 def test_files_of_another_user_are_made_durable_by_their_filesystem(place: Path) -> None:

@@ -1,6 +1,6 @@
 """Guests whose VMM has ended: captured by their disks, and never while something uses them."""
 
-import os
+import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,18 +21,14 @@ STOPPED = request(kind=SnapshotKind.STOPPED)
 @asynccontextmanager
 async def stopped(kind: str, directory: Path, *, left_over: bool = True) -> AsyncIterator[tuple[Guest, Backend]]:
     """A guest that has run, and a backend that knows where its disks are."""
-    socket = Path(f"/tmp/hypemand-{os.getpid()}-{abs(hash(directory))}") / "web-1.sock"
-    socket.parent.mkdir()
-    try:
+    with tempfile.TemporaryDirectory(prefix="hypemand-") as short:
+        socket = Path(short) / "web-1.sock"
         async with running_guest(kind, directory, socket=socket) as guest:
             pass
         if not left_over:
             socket.unlink()
         async with opened(guest, directory, disks=[f"{directory}/{{instance}}/*.raw"]) as backend:
             yield guest, backend
-    finally:
-        socket.unlink(missing_ok=True)
-        socket.parent.rmdir()
 
 
 @both

@@ -37,7 +37,9 @@ def mounted_xfs(directory: Path) -> Iterator[Path]:
     image, where = directory / "xfs.image", directory / "xfs"
     make_image(image)
     where.mkdir()
-    mounted = subprocess.run(["mount", "-t", "xfs", "-o", "loop", image, where], check=False, capture_output=True)
+    mounted = subprocess.run(
+        ["mount", "-t", "xfs", "-o", "loop,nouuid", image, where], check=False, capture_output=True
+    )
     if mounted.returncode:
         pytest.skip(f"no XFS can be mounted here: {mounted.stderr.decode().strip()}")
     try:

@@ -65,8 +65,12 @@ def _verdicts(rows: Sequence[Row], kept: Mapping[str, Any], margin: float) -> It
 
 
 def doubtful(report: Report, kept: Mapping[str, Any], margin: float = MARGIN) -> list[str]:
-    """The figures with a ratio that looks like a regression, each once; they are worth a second look."""
-    bad = [verdict.key for verdict in compare(report, kept, margin) if not verdict.good]
+    """The figures with a ratio that looks like a regression, each once; they are worth a second look.
+
+    A peer that is not there won't be there when it is looked for again.
+    """
+    missing = {row.key for row in report.rows if row.ratio is None and not row.failed}
+    bad = [verdict.key for verdict in compare(report, kept, margin) if not verdict.good and verdict.key not in missing]
     return list(dict.fromkeys(kept["rows"][key]["figure"] for key in bad))
 
 

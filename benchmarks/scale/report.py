@@ -56,11 +56,14 @@ class Report:
         yield ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
 
     def _notes(self) -> Iterator[str]:
-        noted = [row for row in self.rows if row.note]
+        noted: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.note:
+                noted.setdefault(row.note, []).append(row.title)
         if noted:
             yield ""
-        for row in noted:
-            yield f"{row.title}: {row.note}"
+        for note, titles in noted.items():
+            yield f"{'; '.join(dict.fromkeys(titles))}: {note}"
 
 
 def report_of(document: Mapping[str, Any]) -> Report:

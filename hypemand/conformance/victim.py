@@ -1,8 +1,8 @@
 """Processes that run an engine until they are killed, by themselves, at one step of a run.
 
-``python -m hypemand.conformance.victim`` takes an order a line on stdin: what
-a `Bench` is made of, the step, and when at it. Each is carried out by a
-process of its own, forked off one that has imported all that takes time.
+`main` takes an order a line on stdin: what a `Bench` is made of, the step, and
+when at it. Each is carried out by a process of its own, forked off one that
+has imported all that takes time.
 """
 
 import json
@@ -65,7 +65,7 @@ def _carried_out(order: str) -> str:
 def _forker() -> "subprocess.Popen[str]":
     """Ends with this process, whose end of its stdin it waits for."""
     return subprocess.Popen(
-        [sys.executable, "-m", "hypemand.conformance.victim"],
+        [sys.executable, "-c", "from hypemand.conformance.victim import main; main()"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -129,7 +129,3 @@ def main() -> None:
         if (module := BUILT_IN.get(order["connection"]["type"])) is not None:
             import_module(module)  # once for all that follow
         print(json.dumps(_fork(order)), flush=True)  # noqa: T201 - to who has given the order
-
-
-if __name__ == "__main__":
-    main()

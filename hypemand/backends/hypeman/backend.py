@@ -234,8 +234,9 @@ class HypemanBackend:
         if draft is not None and kept is not None:
             await self._drafts.rewrite(writing.completed(draft, kept, self.settings))
             await self._drafts.do(self.catalog.publish, instance, run_id)
-        elif kept is None:
-            await self._drafts.do(self.catalog.discard, instance, run_id)
+        # What is published is not touched by this; but what a deletion left that was cut short goes, too.
+        await self._drafts.do(self.catalog.discard, instance, run_id)
+        if kept is None:
             return None
         published = await self._drafts.do(self.catalog.find, instance, run_id)
         return None if published is None else published.snapshot()

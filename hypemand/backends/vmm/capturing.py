@@ -21,9 +21,9 @@ from hypemand.backends.vmm.disks import Sign
 from hypemand.backends.vmm.guests import SAVED, Guests
 from hypemand.backends.vmm.manifest import DISKS, Contents, Way, manifest_of
 from hypemand.backends.vmm.readying import ROOM, Ready, make_ready
-from hypemand.backends.vmm.rights import seal
+from hypemand.backends.vmm.rights import open_own, take_back
 from hypemand.backends.vmm.stopped import copy_stopped
-from hypemand.core.model import InstanceId, InstanceState, Snapshot, SnapshotKind
+from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 
 _log = structlog.get_logger()
 
@@ -158,14 +158,26 @@ class Capturing:
         """Take back what the VMM has written, and write the manifest."""
         snapshot = captured.snapshot
         taken = self._taken.pop(snapshot.instance_id)
-        saved: dict[str, int] = {}
-        if snapshot.kind is SnapshotKind.STANDBY:
-            saved = await self.guests.in_thread(seal, taken.ready.saving)
-            self._check_whole(taken.ready.saving, saved)
-            await self._fetch(snapshot, taken.ready)
+        saved = await self._take_back(taken.ready) if snapshot.kind is SnapshotKind.STANDBY else {}
         manifest = self._manifest(snapshot.instance_id, taken, saved)
         await self.guests.in_thread(self.guests.catalog.write_manifest, manifest)
+        await self.guests.in_thread(self.guests.drop_saving, snapshot.instance_id, snapshot.id)
         return evolve(captured, snapshot=manifest.snapshot())
+
+    async def _take_back(self, ready: Ready) -> dict[str, int]:
+        """Have the VMM's files in the catalog, also from the VMM's own root directory."""
+        target = ready.partial / SAVED
+        saved, left = await self.guests.in_thread(take_back, ready.saving, target)
+        self._check_whole(ready.saving, saved)
+        await self.guests.in_thread((ready.partial / ROOM).unlink, missing_ok=True)
+        if left:
+            descriptor = await self.guests.in_thread(open_own, ready.saving)
+            try:
+                for name in left:
+                    await copy_file(Path(f"/proc/self/fd/{descriptor}") / name, target / name)
+            finally:
+                os.close(descriptor)
+        return saved
 
     def _check_whole(self, saving: Path, saved: dict[str, int]) -> None:
         missing = [name for name in self.guests.dialect.saved if not saved.get(name)]
@@ -174,17 +186,6 @@ class Capturing:
                 f"{self.guests.dialect.title} says that it has saved the guest, but {' and '.join(missing)} can't be"
                 f" found in {saving}: does it see the same directory there?"
             )
-
-    async def _fetch(self, snapshot: Snapshot, ready: Ready) -> None:
-        """Have the VMM's files in the catalog, also from the VMM's own root directory."""
-        if ready.saving.parent == ready.partial:
-            return
-        target = ready.partial / SAVED
-        await self.guests.in_thread((ready.partial / ROOM).unlink, missing_ok=True)
-        for name in await self.guests.in_thread(os.listdir, ready.saving):
-            if not await self.guests.in_thread(_moved, ready.saving / name, target / name):
-                await copy_file(ready.saving / name, target / name)
-        await self.guests.in_thread(self.guests.drop_saving, snapshot.instance_id, snapshot.id)
 
     def forget(self, instance: InstanceId) -> None:
         """Let go of what was made ready for a capture that is over, or never came."""
@@ -195,12 +196,3 @@ class Capturing:
 def _sizes(directory: Path) -> dict[str, int]:
     with os.scandir(directory) as entries:
         return {entry.name: entry.stat(follow_symlinks=False).st_size for entry in entries}
-
-
-def _moved(source: Path, target: Path) -> bool:
-    """Whether it could be moved: within one filesystem."""
-    try:
-        source.rename(target)
-    except OSError:
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""HTTP over the API socket of one VMM: a client that lives as long as the socket does.
+"""HTTP over the API socket of one VMM.
 
 Time limits are the caller's: saving the memory of a guest takes minutes. A VMM
 serves its requests one by one, so an answer means that what was asked before
@@ -12,7 +12,8 @@ import os
 import select
 import socket as sockets
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,6 @@ import trio
 from attrs import define, field, frozen
 
 from hypemand.backends.base import BackendUnavailable
-from hypemand.backends.questions import Questions
 
 if TYPE_CHECKING:
     import httpx2
@@ -69,22 +69,6 @@ class Peer:
 
 
 @define(eq=False)
-class _Link:
-    """Connections to one socket file. *directory* is a descriptor by which a path that is too long is reached."""
-
-    http: "httpx2.AsyncClient"
-    identity: tuple[int, int]
-    directory: int | None
-
-    async def close(self) -> None:
-        with trio.CancelScope(shield=True):  # nothing of it waits for the other side
-            await self.http.aclose()
-        if self.directory is not None:
-            os.close(self.directory)
-            self.directory = None
-
-
-@define(eq=False)
 class Client:
     """Asks the VMM at *socket*.
 
@@ -93,21 +77,19 @@ class Client:
     """
 
     socket: Path
-    _questions: Questions
     peer: Peer | None = field(init=False, default=None)
-    _link: _Link | None = field(init=False, default=None)
-    _process: int | None = field(init=False, default=None)
+    _http: "httpx2.AsyncClient | None" = field(init=False, default=None)
 
     def has_ended(self) -> bool:
         """Whether the process that gave the last answer is known to be no more."""
-        return self._process is not None and bool(select.select([self._process], [], [], 0)[0])
+        return self.peer is not None and not _exists(self.peer.pid)
 
     def is_alive(self) -> bool:
         """Whether that process is there, whatever has become of its socket. The first one only passes sockets on."""
-        return self._process is not None and not self.has_ended() and self.peer is not None and self.peer.pid != 1
+        return self.peer is not None and self.peer.pid > 1 and _exists(self.peer.pid)
 
     async def get(self, path: str) -> Any:
-        """What *path* has, as JSON. Asked twice where the VMM has closed the connection meanwhile."""
+        """What *path* has, as JSON. Asked twice where the connection breaks: asking changes nothing."""
         try:
             status, data = await self._ask("GET", path, None)
         except ConnectionLost:
@@ -119,7 +101,7 @@ class Client:
             raise BackendUnavailable(f"{self.socket} gives no JSON for {path}: {_said(data)}") from error
 
     async def send(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> None:
-        """Have the VMM do something, once. Ask it something right before: then the connection is known to hold.
+        """Have the VMM do something, once.
 
         Cancelled, the connection is closed; what the VMM has begun it finishes,
         before it answers anything else.
@@ -133,27 +115,19 @@ class Client:
 
     async def aclose(self) -> None:
         """Close what is open."""
-        await self._close_link()
-        self._forget_process()
-
-    async def _close_link(self) -> None:
-        if self._link is not None:
-            link, self._link = self._link, None
-            await link.close()
-
-    def _forget_process(self) -> None:
-        if self._process is not None:
-            os.close(self._process)
-            self._process = None
+        if self._http is not None:
+            http, self._http = self._http, None
+            with trio.CancelScope(shield=True):  # nothing of it waits for the other side
+                await http.aclose()
 
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
-        http = await self._connected()
         content = None if body is None else orjson.dumps(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
-        with _as_unavailable(self.socket):
-            async with http.stream(method, path, content=content, headers=headers) as response:
-                self._remember(response)
-                return response.status_code, await _read(response, self.socket)
+        async with self._asking() as http:
+            with _as_unavailable(self.socket):
+                async with http.stream(method, path, content=content, headers=headers) as response:
+                    self._remember(response)
+                    return response.status_code, await _read(response, self.socket)
 
     def _remember(self, response: "httpx2.Response") -> None:
         stream = response.extensions["network_stream"]
@@ -161,56 +135,66 @@ class Client:
         raw = stream.get_extra_info("socket").getsockopt(
             sockets.SOL_SOCKET, sockets.SO_PEERCRED, struct.calcsize(format_)
         )
-        peer = Peer(*struct.unpack(format_, raw))
-        if peer != self.peer or self.has_ended():
-            self.peer = peer
-            self._forget_process()
-            with contextlib.suppress(OSError):  # of another namespace
-                self._process = os.pidfd_open(peer.pid)
+        self.peer = Peer(*struct.unpack(format_, raw))
 
-    async def _connected(self) -> "httpx2.AsyncClient":
-        """Connections to the socket file that is there now: under the same name may be another VMM since."""
-        try:
-            identity = await self._questions.ask(_identity, self.socket)
-        except OSError as error:
-            await self._close_link()
-            raise _no_answer(self.socket, error) from error
-        if self._link is not None and self._link.identity != identity:
-            await self._close_link()
-        if self._link is None:
-            self._link = _new_link(self.socket, identity)
-        return self._link.http
+    @asynccontextmanager
+    async def _asking(self) -> AsyncIterator["httpx2.AsyncClient"]:
+        """Each request connects anew: to whoever listens there now, and a thousand guests hold no thousand sockets."""
+        if self._http is None:
+            await trio.to_thread.run_sync(importlib.import_module, "httpx2")  # a tenth of a second, once
+        if len(os.fsencode(self.socket)) > LONGEST_PATH:
+            async with _reached_by_directory(self.socket) as http:
+                yield http
+            return
+        self._http = self._http or _new_http(str(self.socket))
+        yield self._http
 
 
-def _identity(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    importlib.import_module("httpx2")  # here, in a thread, as it takes a sixth of a second the first time
-    return status.st_dev, status.st_ino
+@asynccontextmanager
+async def _reached_by_directory(socket: Path) -> AsyncIterator["httpx2.AsyncClient"]:
+    """For a path that is too long for a socket."""
+    try:
+        directory = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _no_answer(socket, error) from error
+    try:
+        async with _new_http(f"/proc/self/fd/{directory}/{socket.name}") as http:
+            yield http
+    finally:
+        os.close(directory)
 
 
-def _new_link(path: Path, identity: tuple[int, int]) -> _Link:
+def _exists(process: int) -> bool:
+    """Whether there is such a process, and not just what is left of one. What can't be told may be there."""
+    try:
+        descriptor = os.pidfd_open(process)
+    except ProcessLookupError:
+        return False
+    except OSError:  # of another namespace: it has no number here
+        return True
+    try:
+        ended = select.poll()
+        ended.register(descriptor, select.POLLIN)
+        return not ended.poll(0)
+    finally:
+        os.close(descriptor)
+
+
+def _new_http(path: str) -> "httpx2.AsyncClient":
     import httpx2  # not for commands that ask no VMM
 
-    directory, reached = None, str(path)
-    if len(os.fsencode(reached)) > LONGEST_PATH:
-        try:
-            directory = os.open(path.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise _no_answer(path, error) from error
-        reached = f"/proc/self/fd/{directory}/{path.name}"
     transport = httpx2.AsyncHTTPTransport(
-        uds=reached,
-        verify=False,
-        limits=httpx2.Limits(max_connections=AT_ONCE, max_keepalive_connections=1, keepalive_expiry=None),
+        uds=path,
+        verify=False,  # there is no TLS on a unix socket, and certificates take time to load
+        limits=httpx2.Limits(max_connections=AT_ONCE, max_keepalive_connections=0),
     )
-    http = httpx2.AsyncClient(
+    return httpx2.AsyncClient(
         transport=transport,
         base_url="http://localhost",
         headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-        timeout=None,
+        timeout=None,  # that is the caller's
         trust_env=False,
     )
-    return _Link(http, identity, directory)
 
 
 async def _read(response: "httpx2.Response", socket: Path) -> bytes:

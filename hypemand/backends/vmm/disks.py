@@ -120,7 +120,7 @@ def locked(disks: Iterable[Path]) -> list[str]:
 
 
 def _is_locked(file: Path) -> bool:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         asked = struct.pack(_FLOCK, fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)
         with suppress(OSError):  # a filesystem without locks

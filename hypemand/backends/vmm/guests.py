@@ -48,7 +48,7 @@ class Guests:
     def client(self, instance: InstanceId) -> Client:
         """What asks the VMM of *instance*."""
         if instance not in self._clients:
-            self._clients[instance] = Client(self.settings.socket_of(checked(instance)), self._questions)
+            self._clients[instance] = Client(self.settings.socket_of(checked(instance)))
         return self._clients[instance]
 
     def chroot_of(self, instance: InstanceId) -> Path | None:

@@ -4,6 +4,7 @@ The memory of a guest is a secret: what a VMM has to write is open to it while
 it writes, and to nobody else.
 """
 
+import errno
 import grp
 import os
 import pwd
@@ -65,7 +66,7 @@ class Writer:
             return
         assert self.peer is not None
         # By a descriptor: the directory above may be the VMM's, which could put something else in its place.
-        descriptor = _opened(directory)
+        descriptor = open_own(directory)
         try:
             if os.geteuid() == 0:
                 os.fchown(descriptor, self.peer.uid, self.peer.gid)
@@ -142,22 +143,47 @@ def _opened(directory: Path) -> int:
     return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
-def seal(directory: Path) -> dict[str, int]:
-    """Take *directory* back from the VMM that wrote into it, with its files as far as that is possible.
+def open_own(directory: Path) -> int:
+    """A descriptor of *directory*, which is ours alone: where others may write, another could have taken its place.
+
+    Raises:
+        BackendUnavailable: It is somebody else's.
+    """
+    descriptor = _opened(directory)
+    status = os.fstat(descriptor)
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        os.close(descriptor)
+        raise BackendUnavailable(f"{directory} is not the directory that hypemand made: somebody has changed it")
+    return descriptor
+
+
+def take_back(directory: Path, target: Path) -> tuple[dict[str, int], list[str]]:
+    """Take *directory* back from the VMM that wrote into it, and move its files to *target*, if that is another one.
 
     Returns:
-        Sizes by name.
+        Sizes by name; and the names of files that have to be copied, as *target* is on another filesystem.
 
     Raises:
         CaptureFailed: Something else than files is in it.
     """
     descriptor = _opened(directory)
     try:
-        return _sealed(directory, descriptor)
+        sizes = _sealed(directory, descriptor)
+        return sizes, [name for name in sizes if directory != target and not _moved(descriptor, name, target)]
     except OSError as error:
         raise BackendUnavailable(f"{directory} can't be taken back from the VMM: {error.strerror}") from error
     finally:
         os.close(descriptor)
+
+
+def _moved(descriptor: int, name: str, target: Path) -> bool:
+    try:
+        os.rename(name, target / name, src_dir_fd=descriptor)
+    except OSError as error:
+        if error.errno != errno.EXDEV:
+            raise
+        return False
+    return True
 
 
 def _sealed(directory: Path, descriptor: int) -> dict[str, int]:
