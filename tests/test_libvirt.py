@@ -1,12 +1,13 @@
 """What the libvirt backend keeps beside the promises of every backend: what it refuses, and what it leaves alone."""
 
 import gc
+import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
 from tests.libvirt_guest import LibvirtGuest, running_libvirt_guest, shared_libvirtd
-from tests.libvirt_site import domain_xml
+from tests.libvirt_site import NOBODY, domain_xml
 from tests.qemu_guest import run_img
 
 pytestmark = pytest.mark.libvirt
@@ -201,6 +202,35 @@ async def test_a_writable_disk_that_is_not_qcow2_is_refused_by_its_name_before_a
         async with backend_of(libvirtd.uri) as backend:
             with pytest.raises(Unsupported, match=r"disk vdb \(.*/data\) is raw.*qemu-img convert"):
                 await backend.prepare(WEB, SnapshotKind.STANDBY)
+
+
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Root may look everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY - 1)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+async def test_a_disk_in_a_directory_for_libvirt_alone_is_captured_without_a_check_of_its_room(
+    guest: LibvirtGuest, heard_log: list[EventDict]
+) -> None:
+    async with backend_of(guest.libvirtd.uri) as backend:
+        assert len((await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms) == 1
+        guest.disk.parent.chmod(0)
+        try:
+            with as_somebody_else():
+                with pytest.raises(PermissionError):
+                    guest.disk.stat()
+                assert (await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms == ()
+        finally:
+            guest.disk.parent.chmod(0o700)
+    assert [line["disk"] for line in heard_log if "free space is not checked" in line["event"]] == [str(guest.disk)]
 
 
 async def test_a_read_only_disk_is_left_out_and_several_writable_ones_are_captured_together() -> None:

@@ -96,8 +96,15 @@ def _rooms(disks: Sequence[Disk], first_needs: int) -> tuple[Room, ...]:
     rooms = []
     for number, disk in enumerate(disks):
         path = Path(disk.file)
-        if path.is_absolute() and path.is_file():
+        if _is_seen(path):
             rooms.append(Room(path, _DISK_MARGIN if number else first_needs))
         else:
             _log.warning("free space is not checked: the guest's disk is not seen from here", disk=disk.file)
     return tuple(rooms)
+
+
+def _is_seen(path: Path) -> bool:
+    try:
+        return path.is_absolute() and path.is_file()
+    except OSError:  # the directories of its disks may be for libvirt alone
+        return False
