@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hypemand.core.model import RestoreAction, Snapshot, SnapshotKind
-from tests.libvirt_backend import NAME, backend_of, new_request, settle, take
+from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
 from tests.libvirt_guest import LibvirtGuest, running_libvirt_guest, shared_libvirtd
 from tests.test_qemu_restore import commands_of
 
@@ -101,3 +101,26 @@ async def test_a_stopped_guest_comes_back_by_the_pages_commands() -> None:
                 shell(command)
             await guest.next_ticks(3)
             assert guest.serial().startswith("BOOT")
+
+
+@pytest.mark.parametrize("made_of", ["number", "UUID", "option"])
+async def test_the_way_back_of_a_guest_with_the_name_of_another_ones_number_leaves_the_other_alone(
+    made_of: str,
+) -> None:
+    with running_libvirt_guest(shared_libvirtd()) as other:
+        pid = other.libvirtd.pid_of(WEB)
+        with other.domain() as domain:
+            name = {"number": str(domain.ID()), "UUID": domain.UUIDString(), "option": "--current"}[made_of]
+        with running_libvirt_guest(shared_libvirtd(), instance_id=name, starts=False) as guest:
+            async with backend_of(guest.libvirtd.uri) as backend:
+                await take(backend)
+                request = new_request(kind=SnapshotKind.STOPPED)
+                snapshot = (await backend.capture(guest.instance_id, request)).snapshot
+                await backend.publish(snapshot)
+                assert await backend.list_snapshots(guest.instance_id) == (snapshot,)
+                for step in snapshot.restore:
+                    assert step.command is not None
+                    shell(step.command)
+            assert guest.runs()
+            assert other.libvirtd.pid_of(WEB) == pid
+            await other.next_ticks()

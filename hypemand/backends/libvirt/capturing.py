@@ -21,8 +21,8 @@ from hypemand.backends.base import (
 from hypemand.backends.libvirt import snapshots
 from hypemand.backends.libvirt.connections import ConnectionLost, Connections, Turn, is_lost, text_of, translated
 from hypemand.backends.libvirt.disks import check_capturable, parts_of, read_disks
-from hypemand.backends.libvirt.documents import Note, new_document, new_note, read_xml, snapshot_of
-from hypemand.backends.libvirt.domains import LEFT_PAUSED, Pause, find_domain, is_busy, pause_of
+from hypemand.backends.libvirt.documents import new_document, new_note, read_xml, snapshot_of
+from hypemand.backends.libvirt.domains import LEFT_PAUSED, Pause, find_domain, is_busy, pause_of, word_for
 from hypemand.backends.libvirt.preparing import memory_in_use
 from hypemand.core.model import InstanceId, Snapshot, SnapshotKind
 
@@ -113,11 +113,8 @@ class Capturing:
         outcome = None if paused or not standby else _thaw_after(domain, "the snapshot is made")
         took_s = time.monotonic() - began
         freeze_s = (0.0 if paused else took_s) if standby else None
-        return Captured(self.snapshot(instance, request.name, note), freeze_s, (outcome,) if outcome else ())
-
-    def snapshot(self, instance: InstanceId, name: str, note: Note) -> Snapshot:
-        """The snapshot as the engine sees it."""
-        return snapshot_of(instance, name, note, self.uri)
+        snapshot = snapshot_of(instance, request.name, note, uri=self.uri, word=word_for(domain))
+        return Captured(snapshot, freeze_s, (outcome,) if outcome else ())
 
     async def complete(self, captured: Captured) -> Captured:
         """Look whether the guest goes on: the snapshot may have left no room for its next write."""
@@ -197,4 +194,4 @@ def _delete_and_go_on(turn: Turn, snapshot: Snapshot) -> str:
     time.sleep(STUCK_LOOK_S)
     if pause_of(domain) is None:
         return "the guest goes on"
-    return f"the guest still stands still for lack of room: free some, then virsh resume {snapshot.instance_id}"
+    return f"the guest still stands still for lack of room: free some, then virsh resume {word_for(domain)}"

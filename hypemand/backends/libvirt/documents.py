@@ -133,8 +133,12 @@ def published_document(document: str, note: Note) -> str:
     return _DESCRIPTION.sub(lambda _: description, document, count=1)
 
 
-def snapshot_of(instance: InstanceId, name: str, note: Note, uri: str) -> Snapshot:
-    """The snapshot as the engine sees it."""
+def snapshot_of(instance: InstanceId, name: str, note: Note, *, uri: str, word: str) -> Snapshot:
+    """The snapshot as the engine sees it.
+
+    Args:
+        word: What virsh calls the guest by.
+    """
     return Snapshot(
         id=note.id,
         instance_id=instance,
@@ -143,14 +147,14 @@ def snapshot_of(instance: InstanceId, name: str, note: Note, uri: str) -> Snapsh
         created_at=note.created_at,
         size_bytes=note.size_bytes,
         tags=note.tags,
-        restore=_way_back(instance, name, note.kind, uri),
+        restore=_way_back(word, name, note.kind, uri),
     )
 
 
-def _way_back(instance: InstanceId, name: str, kind: SnapshotKind, uri: str) -> tuple[RestoreStep, ...]:
+def _way_back(guest: str, name: str, kind: SnapshotKind, uri: str) -> tuple[RestoreStep, ...]:
     def virsh(*words: str) -> RestoreStep:
         return RestoreStep(RestoreAction.RUN, shlex.join(["virsh", "--connect", uri, *words]))
 
     if kind is SnapshotKind.STANDBY:
-        return (virsh("snapshot-revert", instance, name, "--running"),)
-    return (virsh("snapshot-revert", instance, name), virsh("start", instance))
+        return (virsh("snapshot-revert", guest, name, "--running"),)
+    return (virsh("snapshot-revert", guest, name), virsh("start", guest))

@@ -4,6 +4,7 @@ All that takes a domain is blocking, and asks libvirt alone, which answers also
 while the guest's QEMU hangs; but for the mark, which waits for its turn.
 """
 
+import re
 from enum import IntEnum
 
 import libvirt
@@ -17,6 +18,8 @@ from hypemand.core.naming import check_instance_id
 NAMESPACE = "urn:hypemand:paused:1"
 """Of the mark in the guest's metadata; a name, no page."""
 _PREFIX = "hypemand"
+_MISTAKEN = re.compile("[0-9]+|[0-9A-Fa-f-]{36}|-.*")
+"""Names that virsh takes for the number of a running guest, for a UUID, or for an option."""
 
 
 class Pause(IntEnum):
@@ -56,6 +59,12 @@ def find_domain(connection: libvirt.virConnect, instance: InstanceId) -> libvirt
         return connection.lookupByName(check_instance_id(instance))
     except RuleBroken as error:
         raise InstanceNotFound(f"no instance can have this id: {error}") from error
+
+
+def word_for(domain: libvirt.virDomain) -> str:
+    """What it is called in a virsh command: by its name, or by its UUID where virsh would act on another guest."""
+    name = domain.name()
+    return domain.UUIDString() if _MISTAKEN.fullmatch(name) else name
 
 
 def pause_of(domain: libvirt.virDomain) -> Pause | None:
@@ -110,7 +119,9 @@ def _paused(domain: libvirt.virDomain, why: Pause) -> Status:
     if why in _OF_A_JOB:
         if control_of(domain) in (libvirt.VIR_DOMAIN_CONTROL_JOB, libvirt.VIR_DOMAIN_CONTROL_OCCUPIED):
             raise BackendUnavailable(f"libvirt is at work on this guest, which is paused for it: {word}")
-        return Status(InstanceState.PAUSED, f"{word}, and libvirt is not at it any more: virsh resume {domain.name()}")
+        return Status(
+            InstanceState.PAUSED, f"{word}, and libvirt is not at it any more: virsh resume {word_for(domain)}"
+        )
     return Status(InstanceState.PAUSED, "" if why is Pause.USER else word)
 
 
