@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import libvirt
 import pytest
@@ -335,9 +336,30 @@ def test_a_note_comes_back_as_it_was_written_and_libvirts_words_around_it_do_not
     assert "<domain><description>a &amp; b</description></domain>" in published_document(with_domain, note)
 
 
-@pytest.mark.parametrize("text", ["", "by hand", "{}", "[1]", '{"hypemand":1}', '{"hypemand":1,"id":5}', "x\n{"])
+@pytest.mark.parametrize(
+    "text", ["", "by hand", "{}", "[1]", '"hypemand"', '{"hypemand":1}', '{"hypemand":1,"id":5}', "x\n{"]
+)
 def test_what_is_no_note_of_ours_is_somebody_elses(text: str) -> None:
     assert note_of(read_xml(f"<domainsnapshot><description>{text}</description></domainsnapshot>")) is None
+
+
+async def test_a_snapshot_with_a_note_of_a_later_format_is_left_alone_and_told(
+    guest: LibvirtGuest, heard_log: list[EventDict]
+) -> None:
+    request = new_request()
+    text = new_note(request, 17).text.replace('"hypemand":1', '"hypemand":2').replace("making", "listed")
+    made = ET.Element("domainsnapshot")
+    ET.SubElement(made, "name").text = NAME
+    ET.SubElement(made, "description").text = text
+    with guest.domain() as domain:
+        domain.snapshotCreateXML(ET.tostring(made, encoding="unicode"))
+    async with backend_of(guest.libvirtd.uri) as backend:
+        assert await backend.list_snapshots(WEB) == ()
+        assert [(line["snapshot_name"], line["error"]) for line in heard_log] == [
+            (NAME, "format 2 is newer than this hypemand")
+        ]
+        assert await settle(backend, request) == Settled()
+    assert guest.names() == guest.tags() == [NAME]
 
 
 def test_a_note_of_a_later_version_is_read_and_its_keys_are_kept() -> None:

@@ -18,6 +18,7 @@ import trio
 from attrs import Factory, define, field, frozen
 
 from hypemand.backends.base import BackendError, BackendUnavailable, InstanceNotFound
+from hypemand.backends.libvirt import events
 from hypemand.backends.libvirt.settings import LibvirtSettings
 from hypemand.core.model import InstanceId
 
@@ -170,7 +171,7 @@ def _close(connection: libvirt.virConnect) -> None:
 def _opened(settings: LibvirtSettings) -> libvirt.virConnect:
     _silence()
     if not settings.is_here:
-        _serve_events()
+        events.SERVED.begin()
     try:
         connection = libvirt.open(settings.uri)
         if not settings.is_here:
@@ -184,19 +185,6 @@ def _opened(settings: LibvirtSettings) -> libvirt.virConnect:
 def _silence() -> None:
     """Else libvirt writes each error to stderr, beside raising it."""
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
-
-
-@cache
-def _serve_events() -> None:
-    """Have a thread serve libvirt's event loop: else nobody notices that a connection over the network is dead."""
-    libvirt.virEventRegisterDefaultImpl()
-    threading.Thread(target=_serve_for_ever, name="libvirt events", daemon=True).start()
-
-
-def _serve_for_ever() -> None:
-    while True:
-        with suppress(libvirt.libvirtError):
-            libvirt.virEventRunDefaultImpl()
 
 
 def translated(error: libvirt.libvirtError, otherwise: type[BackendError] = BackendUnavailable) -> BackendError:
