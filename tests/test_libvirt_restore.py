@@ -103,6 +103,32 @@ async def test_a_stopped_guest_comes_back_by_the_pages_commands() -> None:
             assert guest.serial().startswith("BOOT")
 
 
+async def test_what_the_page_says_that_snapshots_forbid_is_what_libvirt_refuses() -> None:
+    page = PAGE.with_name("libvirt.md").read_text()
+    with running_libvirt_guest(shared_libvirtd()) as guest:
+
+        def refusal(*words: str) -> str:
+            command = ["virsh", "--connect", guest.libvirtd.uri, *words]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert done.returncode == 1
+            return done.stderr.strip().rpartition(": ")[2]
+
+        migrate = ("migrate", WEB, guest.libvirtd.uri)
+        async with backend_of(guest.libvirtd.uri) as backend:
+            await take(backend)
+            live = refusal(*migrate, "--live")
+            with guest.domain() as domain:
+                domain.destroy()
+            offline = refusal(*migrate, "--offline", "--persistent")
+            undefined = refusal("undefine", WEB)
+            assert live == offline
+            assert f"| to migrate the guest, running or shut off | `{live}` |" in page
+            assert f"| to undefine it while it is shut off | `{undefined}` |" in page
+            shell(f"virsh --connect '{guest.libvirtd.uri}' undefine {WEB} --snapshots-metadata")
+            assert await backend.list_snapshots(WEB) == ()
+            assert guest.tags() == [NAME]
+
+
 @pytest.mark.parametrize("made_of", ["number", "UUID", "option"])
 async def test_the_way_back_of_a_guest_with_the_name_of_another_ones_number_leaves_the_other_alone(
     made_of: str,
