@@ -31,6 +31,7 @@ from hypemand.backends.base import (
 from hypemand.backends.hypeman import holding
 from hypemand.backends.hypeman.documents import kept_of
 from hypemand.backends.hypeman.drafts import way_back
+from hypemand.backends.hypeman.server import Server
 from hypemand.backends.hypeman.settings import HypemanSettings
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
@@ -246,6 +247,21 @@ async def test_a_server_with_a_certificate_of_its_own_is_trusted_by_ca_file(tmp_
         missing = site.backend(tmp_path, ca_file=str(tmp_path / "nowhere.pem"))
         with pytest.raises(BackendUnavailable, match=r"ca_file .*nowhere.pem can't be used: No such file"):
             await missing.instances()
+
+
+async def test_the_certificate_is_checked_in_whatever_case_the_address_is_written(tmp_path: Path) -> None:
+    async with opened(tmp_path, "https") as (site, _):
+        connection = {key: value for key, value in site.connection(tmp_path).items() if key != "ca_file"}
+        shouted = connection | {"url": site.url.replace("https", "HTTPS")}
+        backend = registry.connect("cloud", shouted, Surroundings(tmp_path / "state"))
+        assert backend.connection["url"] == site.url
+        with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+            await backend.instances()
+        assert site.requests() == []
+        await backend.aclose()
+        settings = HypemanSettings(url=site.url.replace("https", "HttpS"))  # as nobody has put it in order
+        with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+            await Server(settings).ask("GET", "/instances")
 
 
 # Captures.

@@ -13,7 +13,7 @@ from attrs import Factory, define, field, frozen
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.hypeman.holding import Held
-from hypemand.backends.hypeman.settings import HypemanSettings
+from hypemand.backends.hypeman.settings import HypemanSettings, is_plain
 from hypemand.backends.hypeman.tokens import Token
 
 CONNECT_S = 10.0
@@ -114,7 +114,7 @@ class Server:
         )
 
     def _whom_to_trust(self) -> ssl.SSLContext | bool:
-        if not self.settings.url.startswith("https:"):
+        if is_plain(self.settings.url):
             return False
         try:
             return ssl.create_default_context(cafile=self.settings.ca_file)
