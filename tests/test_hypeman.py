@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,7 +37,7 @@ from hypemand.backends.hypeman.settings import HypemanSettings
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.hypeman_server.answers import TOKEN
-from tests.hypeman_site import NAME, WEB, new_request, opened, settle, take
+from tests.hypeman_site import NAME, WEB, Way, new_request, opened, settle, take
 from tests.processes import PATIENCE_S, ROOT, children_of, wait_until
 
 SNAPSHOTS = f"POST /instances/{WEB}/snapshots"
@@ -445,6 +446,60 @@ async def test_a_server_killed_in_mid_snapshot_has_its_guest_restored_once_it_is
         settled = await settle(other, new_request())
         assert (settled.resumed, settled.snapshot, site.state()) == (True, None, "Running")
         await other.aclose()
+
+
+async def test_a_guest_is_restored_though_the_connection_of_its_capture_went_silent(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, _), trio.open_nursery() as nursery:
+        way = Way(site.port, lost=b"POST")
+        await nursery.start(way.serve)
+        backend = site.backend(tmp_path, url=f"http://127.0.0.1:{way.port}")
+        site.fault(SNAPSHOTS, takes_s=60)
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.state() == "Standby", "the capture")
+        await site.kill()
+        await site.start()
+        way.lost = b"POST"
+        site.fault(RESTORE, takes_s=0.5)
+        with trio.move_on_after(2.5) as waited:  # its restore goes silent, too
+            await settle(backend, new_request())
+        assert waited.cancelled_caught
+        settled = await settle(backend, new_request())
+        assert (settled.snapshot, site.state(), len(site.requests(RESTORE))) == (None, "Running", 1)
+        await backend.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_may_be_on_its_way_still_is_waited_for_while_the_guest_runs(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+        site.fault(SNAPSHOTS, delay_s=1.5)  # before anything is done
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.requests(SNAPSHOTS) != [], "the request")
+        settled = await settle(backend, new_request())
+        assert settled.snapshot is not None
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_that_a_capture_waits_on_is_looked_after(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+        site.fault(SNAPSHOTS, takes_s=1)
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.state() == "Standby", "the capture")
+        found = [kept_alive_for_s(int(path.name)) for path in Path("/proc/self/fd").iterdir()]
+        ours = [seconds for port, seconds in filter(None, found) if port == site.port]
+        assert ours
+        assert all(240 <= seconds <= 600 for seconds in ours)
+        nursery.cancel_scope.cancel()
+
+
+def kept_alive_for_s(descriptor: int) -> tuple[int, float] | None:
+    """To which port a connection leads, and after how long a silence it ends."""
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
+        if one.family == socket.AF_INET and one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+            silent_ms = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            return int(one.getpeername()[1]), silent_ms / 1000
+        if one.family == socket.AF_INET:
+            return int(one.getpeername()[1]), 0.0
+    return None
 
 
 async def test_a_guest_that_is_left_paused_keeps_the_run_open_and_the_text_says_what_to_do(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.hypeman import drafts as writing
 from hypemand.backends.hypeman.documents import RUN_TAG, Kept, StrangeAnswerError, guests_of, kept_of
 from hypemand.backends.hypeman.drafts import Drafts
-from hypemand.backends.hypeman.guests import Guests, checked
+from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, checked
 from hypemand.backends.hypeman.listing import Listing
 from hypemand.backends.hypeman.server import Answer, NotSentError, Server
 from hypemand.backends.hypeman.settings import HypemanSettings
@@ -131,7 +131,6 @@ class HypemanBackend:
                 f"the schedule's metadata has {len(tags) - _OWN_TAGS} tags: a Hypeman server takes {TAGS_MAX} with a"
                 f" snapshot, {_OWN_TAGS} of which are hypemand's, so take {most} at most"
             )
-        await self._uncut.over(instance)
         await self._check_state(instance, request)
         draft = writing.new_draft(instance, request)
         await self._drafts.begin(draft)
@@ -139,7 +138,9 @@ class HypemanBackend:
         began = trio.current_time()
         try:
             answer = await self._uncut.do(
-                instance, partial(self.server.have_done, f"/instances/{instance}/snapshots", body)
+                instance,
+                partial(self.server.have_done, f"/instances/{instance}/snapshots", body),
+                on_its_way_s=ON_ITS_WAY_S,
             )
         except NotSentError:
             await self._drafts.do(self.catalog.discard, instance, request.run_id)
@@ -151,7 +152,7 @@ class HypemanBackend:
 
     async def _check_state(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Look once more: a guest that somebody has put to standby meanwhile would be taken for one to be restored."""
-        state = (await self.state(instance)).state
+        state = (await self._guests.after(instance)).status.state
         expected = (InstanceState.RUNNING,) if request.freezes is not None else _EXPECTED[request.kind]
         if state not in expected or (request.freezes is None and state is InstanceState.RUNNING):
             was = " or ".join(expected if request.freezes else [one for one in expected if one != "Running"])
@@ -211,7 +212,6 @@ class HypemanBackend:
         """Bring the guest back if the draft says that it may be down; adopt what the server has made, or nothing."""
         del ours  # the draft is the mark
         instance, run_id = checked(run.instance_id), run.run_id
-        await self._uncut.over(instance)
         draft = await self._drafts.do(self.catalog.draft, instance, run_id)
         if draft is not None:
             await self._bring_back(draft)
@@ -223,7 +223,7 @@ class HypemanBackend:
     async def _bring_back(self, draft: Manifest) -> None:
         with suppress(InstanceNotFound):  # then there is nothing to bring back
             if not writing.may_be_down(draft):
-                await self._guests.look(draft.instance_id)  # only so the server is sure to be done with it
+                await self._guests.after(draft.instance_id)  # only so the server is sure to be done with it
             elif await self._guests.bring_back(draft.instance_id):
                 # What follows may fail, and the next settling has to know.
                 self._brought_back[draft.id] = writing.down_for_s(draft)
