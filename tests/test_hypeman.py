@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -493,6 +494,9 @@ async def test_a_connection_that_a_capture_waits_on_is_looked_after(tmp_path: Pa
 
 def kept_alive_for_s(descriptor: int) -> tuple[int, float] | None:
     """To which port a connection leads, and after how long a silence it ends."""
+    with suppress(OSError):
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return None
     with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
         if one.family == socket.AF_INET and one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
             silent_ms = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
@@ -526,6 +530,19 @@ async def test_a_guest_that_is_off_or_gone_is_not_brought_back(tmp_path: Path) -
             away()
             assert (await settle(backend, new_request(f"run-{number}"))).resumed is False
             site.add_guest()
+
+
+async def test_a_guest_that_somebody_puts_to_standby_after_a_capture_that_went_well_stays_there(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        site.fault(SNAPSHOTS, cut="after")  # as if hypemand was killed just then
+        with pytest.raises(BackendUnavailable):
+            await backend.capture(WEB, new_request())
+        assert (site.state(), len(site.snapshots())) == ("Running", 1)
+        site.set_state("Standby")
+        settled = await settle(backend, new_request())
+        assert settled.snapshot is not None
+        assert (settled.resumed, site.state(), site.requests(RESTORE)) == (False, "Standby", [])
+        assert await backend.list_snapshots(WEB) == (settled.snapshot,)
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held", "no-holder-to-be-had"])

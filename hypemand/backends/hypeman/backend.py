@@ -209,22 +209,24 @@ class HypemanBackend:
         await self._listing.delete(snapshot)
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
-        """Bring the guest back if the draft says that it may be down; adopt what the server has made, or nothing."""
+        """Adopt what the server has made; else bring the guest back if the draft says that it may be down."""
         del ours  # the draft is the mark
         instance, run_id = checked(run.instance_id), run.run_id
+        with suppress(InstanceNotFound):
+            await self._guests.after(instance)  # the server is sure to be done with it
         draft = await self._drafts.do(self.catalog.draft, instance, run_id)
-        if draft is not None:
+        kept = await self._listing.of_run(instance, run_id)
+        # The server keeps a snapshot only once it has brought the guest back: down now, it is so for somebody else.
+        if draft is not None and kept is None:
             await self._bring_back(draft)
-        kept = {one.run_id: one for one in await self._listing.on_server(instance)}.get(run_id)
+            kept = await self._listing.of_run(instance, run_id)  # the server may just have been about to be done
         snapshot = await self._settle_snapshot(run, draft, kept)
         resumed = run_id in self._brought_back
         return Settled(snapshot, resumed=resumed, freeze_s=self._brought_back.pop(run_id, None))
 
     async def _bring_back(self, draft: Manifest) -> None:
         with suppress(InstanceNotFound):  # then there is nothing to bring back
-            if not writing.may_be_down(draft):
-                await self._guests.after(draft.instance_id)  # only so the server is sure to be done with it
-            elif await self._guests.bring_back(draft.instance_id):
+            if writing.may_be_down(draft) and await self._guests.bring_back(draft.instance_id):
                 # What follows may fail, and the next settling has to know.
                 self._brought_back[draft.id] = writing.down_for_s(draft)
         await self._drafts.rewrite(writing.runs_again(draft))

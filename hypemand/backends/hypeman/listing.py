@@ -38,6 +38,10 @@ class Listing:
             raise BackendUnavailable(f"{self.server.settings.url}: {answer}")
         return [kept for kept in all_kept_of(answer.document) if kept.instance_id == instance]
 
+    async def of_run(self, instance: InstanceId, run_id: str) -> Kept | None:
+        """What the server has that *run_id* has made."""
+        return next((kept for kept in await self.on_server(instance) if kept.run_id == run_id), None)
+
     async def by_id(self, instance: InstanceId) -> list[tuple[Snapshot, Kept]]:
         """What is hypemand's, each with what the server has of it; oldest first."""
         there = {kept.id: kept for kept in await self.on_server(instance)}
