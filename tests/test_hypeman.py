@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 from structlog.typing import EventDict
 
 from hypemand.backends import registry
@@ -704,6 +705,34 @@ async def test_a_snapshot_that_lost_its_tags_is_not_deleted(tmp_path: Path) -> N
         with pytest.raises(BackendError, match="not tagged as a schedule's"):
             await backend.delete_snapshot(snapshot)
         assert await backend.list_snapshots(WEB) == (snapshot,)
+
+
+@pytest.mark.parametrize("tag", ["{precious}", ".", "..", "../../precious", ".run-1.partial", "x" * 250, ""])
+async def test_a_tag_leads_nowhere_in_the_catalog(tmp_path: Path, tag: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    async with opened(tmp_path) as (site, backend):
+        ours = await take(backend)
+        tags = {**ours.tags, "hypemand.run_id": tag.format(precious=precious)}
+        odd = site.add_snapshot("nightly-1", at=OLD, tags=tags)
+        by_id = {one.id: one for one in await backend.list_snapshots(WEB)}
+        assert by_id == {"run-1": ours, odd: by_id[odd]}
+        await backend.delete_snapshot(by_id[odd])
+        assert await backend.list_snapshots(WEB) == (ours,)
+        for name in (str(precious), "..", "."):
+            with pytest.raises(BackendError, match="can't name anything"):
+                await backend.delete_snapshot(evolve(ours, id=name))
+        assert precious.is_dir()
+        assert await backend.list_snapshots(WEB) == (ours,)
+
+
+async def test_a_snapshot_whose_own_id_is_a_path_is_left_alone(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        ours = await take(backend)
+        body = [*site.snapshots(), {**site.snapshots()[0], "id": "../instances/x", "tags": ours.tags}]
+        site.fault("GET /snapshots", status=200, body=body, times=2)
+        assert await backend.list_snapshots(WEB) == (ours,)
+        assert len((await backend.prepare(WEB, SnapshotKind.STANDBY)).taken_names) == 1
 
 
 async def test_a_deletion_that_fails_leaves_the_snapshot_listed(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from attrs import frozen
 
 from hypemand.backends.base import BackendError, BackendUnavailable, InstanceNotFound
 from hypemand.backends.catalog import Manifest
-from hypemand.backends.hypeman.documents import RUN_TAG, Kept, all_kept_of
+from hypemand.backends.hypeman.documents import RUN_TAG, Kept, all_kept_of, is_id
 from hypemand.backends.hypeman.drafts import Drafts, server_id, way_back
 from hypemand.backends.hypeman.guests import Guests
 from hypemand.backends.hypeman.server import Server
@@ -44,7 +44,7 @@ class Listing:
 
     async def by_id(self, instance: InstanceId) -> list[tuple[Snapshot, Kept]]:
         """What is hypemand's, each with what the server has of it; oldest first."""
-        there = {kept.id: kept for kept in await self.on_server(instance)}
+        there = {kept.id: kept for kept in await self.on_server(instance) if is_id(kept.id)}
         runs = {kept.run_id: kept for kept in there.values() if kept.run_id is not None}
         drafts, manifests = await self.drafts.known(instance, runs)
         ours = [
