@@ -39,7 +39,7 @@ from hypemand.backends.hypeman.settings import HypemanSettings
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.hypeman_server.answers import TOKEN
-from tests.hypeman_site import NAME, WEB, Way, new_request, opened, settle, take
+from tests.hypeman_site import NAME, WEB, Site, Way, new_request, opened, settle, take
 from tests.processes import PATIENCE_S, ROOT, children_of, wait_until
 
 SNAPSHOTS = f"POST /instances/{WEB}/snapshots"
@@ -519,6 +519,66 @@ async def test_a_guest_that_is_left_paused_keeps_the_run_open_and_the_text_says_
             await settle(backend, new_request())
         site.set_state("Running")
         assert (await settle(backend, new_request())).resumed is False
+
+
+async def left_in_standby(site: Site, backend: Backend) -> None:
+    """A capture without an answer, and the server is killed in its midst."""
+    site.fault(SNAPSHOTS, cut="before")
+    with pytest.raises(BackendUnavailable):
+        await backend.capture(WEB, new_request())
+    site.set_state("Standby")
+
+
+@pytest.mark.parametrize("found", ["away", "empty"])
+async def test_a_guest_is_restored_though_the_catalog_is_lost_meanwhile(tmp_path: Path, found: str) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        (tmp_path / "catalog").rename(tmp_path / "away")
+        if found == "away":
+            with pytest.raises(BackendUnavailable, match="is its filesystem mounted"):
+                await settle(backend, new_request(), ours=False)
+            assert site.state() == "Running"
+            site.set_state("Standby")  # from here on an operator's doing
+            with pytest.raises(BackendUnavailable, match="is its filesystem mounted"):
+                await settle(backend, new_request(), ours=False)
+        (tmp_path / "catalog").mkdir()
+        (tmp_path / "catalog" / ".hypemand-catalog").touch()  # as the text says
+        settled = await settle(backend, new_request(), ours=False)
+        assert (settled.resumed, settled.notes) == (True, ())
+        assert site.state() == ("Standby" if found == "away" else "Running")
+
+
+async def test_a_standby_of_which_only_a_lost_catalog_could_tell_is_told_and_not_undone(
+    tmp_path: Path, heard_log: list[EventDict]
+) -> None:
+    said = "the guest is Standby, and the catalog does not tell whether it is so for this run: if nobody wants it so"
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        other = site.backend(tmp_path)  # as after a restart of hypemand
+        (tmp_path / "catalog").rename(tmp_path / "away")
+        with pytest.raises(BackendUnavailable, match=f"is its filesystem mounted.*; {said}"):
+            await settle(other, new_request())
+        (tmp_path / "catalog").mkdir()
+        (tmp_path / "catalog" / ".hypemand-catalog").touch()
+        with pytest.raises(BackendUnavailable, match=f"^{said}"):
+            await settle(other, new_request())
+        (note,) = (await settle(other, new_request(), ours=False)).notes
+        assert note.startswith(said)
+        assert [line["log_level"] for line in heard_log if line.get("error") == note] == ["critical"]
+        assert (site.state(), site.requests(RESTORE)) == ("Standby", [])
+        site.set_state("Running")
+        assert (await settle(other, new_request())).notes == ()
+        await other.aclose()
+
+
+async def test_a_standby_after_a_run_that_asked_for_nothing_is_an_operators(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        site.fault(f"GET /instances/{WEB}", status=502)
+        with pytest.raises(BackendUnavailable):
+            await backend.capture(WEB, new_request())
+        site.set_state("Standby")
+        settled = await settle(backend, new_request())
+        assert (settled.resumed, settled.notes, site.state()) == (False, (), "Standby")
 
 
 async def test_a_guest_that_is_off_or_gone_is_not_brought_back(tmp_path: Path) -> None:

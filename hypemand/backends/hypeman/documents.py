@@ -30,6 +30,11 @@ class Guest:
     detail: str = ""
 
     @property
+    def stands_still(self) -> bool:
+        """Whether it is in the midst of its life, and does not run."""
+        return self.status.state in (InstanceState.STANDBY, InstanceState.PAUSED)
+
+    @property
     def status(self) -> Status:
         """Its state in our words: they are the same."""
         try:
