@@ -818,6 +818,28 @@ async def test_a_schedule_of_the_servers_own_is_warned_of_before_the_capture(tmp
         assert "hypemand import-hypeman --take-over" in warning
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"status": 404, "body": "404 page not found\n"}, []),
+        ({"status": 404, "body": {"code": "Not Found", "message": "no matching operation was found"}}, []),
+        ({"status": 500, "body": {"code": "internal_error", "message": "torn file"}}, ["can't be told: .*torn file"]),
+    ],
+    ids=["no-page", "no-operation", "failed"],
+)
+async def test_a_server_that_tells_nothing_of_schedules_is_captured_nevertheless(
+    tmp_path: Path, answer: dict[str, Any], said: list[str]
+) -> None:
+    async with opened(tmp_path) as (site, backend):
+        old = site.add_snapshot("nightly-20260309-020000", at=OLD)
+        site.fault(f"GET /instances/{WEB}/snapshot-schedule", times=2, **answer)
+        warnings = (await backend.prepare(WEB, SnapshotKind.STANDBY)).warnings
+        assert [bool(re.search(*pair)) for pair in zip(said, warnings, strict=True)] == [True] * len(said)
+        with pytest.raises(BackendUnavailable):  # but nothing is taken for left behind then
+            await backend.list_snapshots(WEB)
+        assert [one.id for one in await backend.list_snapshots(WEB)] == [old]
+
+
 # The way back.
 
 STAND_IN = f"""#!{sys.executable} -E

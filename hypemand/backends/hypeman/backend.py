@@ -42,10 +42,6 @@ from hypemand.core.errors import RuleBroken
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
 from hypemand.core.naming import TAGS_MAX, check_instance_id, scheduled_tags
 
-OWN_SCHEDULE = (
-    "the Hypeman server has a schedule of its own for {}: it takes snapshots, too, and its retention deletes"
-    " hypemand's; have it taken over: hypemand import-hypeman --take-over"
-)
 _log = structlog.get_logger()
 _OWN_TAGS = len(scheduled_tags(InstanceId("any"), {})) + 1
 _NOT_SUPPORTED = "not_supported"
@@ -106,10 +102,8 @@ class HypemanBackend:
         """Which names are taken. Where the snapshots go, and how much room there is, the server alone knows."""
         await self._drafts.do(self.catalog.check)
         taken = [kept.name for kept in await self._listing.on_server(checked(instance))]
-        warnings: tuple[str, ...] = ()
-        if await self._listing.has_own_schedule(instance):
-            warnings = (OWN_SCHEDULE.format(instance),)
-        return Preparation(taken_names=frozenset(taken), warnings=warnings)
+        warning = await self._listing.schedule_warning(instance)
+        return Preparation(taken_names=frozenset(taken), warnings=(warning,) if warning else ())
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """There is nothing to make ready."""

@@ -13,9 +13,18 @@ from hypemand.backends.hypeman.server import Server
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.core.naming import is_scheduled
 
+OWN_SCHEDULE = (
+    "the Hypeman server has a schedule of its own for {}: it takes snapshots, too, and its retention deletes"
+    " hypemand's; have it taken over: hypemand import-hypeman --take-over"
+)
+
 
 class NotOursError(BackendError):
     """The snapshot on the server is not what the catalog says it is."""
+
+
+class NoSuchPathError(BackendUnavailable):
+    """The server, or whoever stands before it, knows nothing of what it was asked for."""
 
 
 @frozen(eq=False)
@@ -64,9 +73,20 @@ class Listing:
             return True
         return await self.has_own_schedule(instance)
 
+    async def schedule_warning(self, instance: InstanceId) -> str:
+        """What to say of a schedule of the server's own, as far as it tells: a capture needs none of this."""
+        try:
+            return OWN_SCHEDULE.format(instance) if await self.has_own_schedule(instance) else ""
+        except NoSuchPathError:
+            return ""  # it has no schedules at all
+        except BackendUnavailable as error:
+            return f"whether the Hypeman server has a schedule of its own for {instance} can't be told: {error}"
+
     async def has_own_schedule(self, instance: InstanceId) -> bool:
         """Whether the server itself takes snapshots of *instance*, and prunes all that are tagged as scheduled."""
         answer = await self.server.ask("GET", f"/instances/{instance}/snapshot-schedule")
+        if answer.status == 404 and not answer.not_found:
+            raise NoSuchPathError(f"{self.server.settings.url}: {answer}")
         if answer.status != 200 and not answer.not_found:
             raise BackendUnavailable(f"{self.server.settings.url}: {answer}")
         return answer.status == 200
