@@ -106,8 +106,9 @@ class HypemanBackend:
         return Preparation(taken_names=frozenset(taken), warnings=(warning,) if warning else ())
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
-        """There is nothing to make ready."""
-        del instance, request
+        """Nothing has to be made ready, but that it is known to have been asked for nothing yet."""
+        del instance
+        self._asked[request.run_id] = None
         await trio.lowlevel.checkpoint()
 
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
@@ -129,7 +130,7 @@ class HypemanBackend:
                 f"the schedule's metadata has {len(tags) - _OWN_TAGS} tags: a Hypeman server takes {TAGS_MAX} with a"
                 f" snapshot, {_OWN_TAGS} of which are hypemand's, so take {most} at most"
             )
-        self._asked[request.run_id] = None
+        self._asked.setdefault(request.run_id)
         await self._check_state(instance, request)
         draft = writing.new_draft(instance, request)
         await self._drafts.begin(draft)
