@@ -20,7 +20,7 @@ import orjson
 import structlog
 from attrs import Factory, frozen
 
-from hypemand.backends.base import BackendUnavailable
+from hypemand.backends.base import BackendError, BackendUnavailable
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Extra, InstanceId, RestoreStep, Snapshot, SnapshotKind
 from hypemand.core.structure import new_converter, structure
@@ -167,11 +167,11 @@ class Catalog:
 
     def home(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a complete snapshot lives."""
-        return self.root / instance / snapshot_id
+        return self.root / _named(instance) / _named(snapshot_id)
 
     def partial(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a snapshot is built."""
-        return self.root / instance / f".{snapshot_id}.partial"
+        return self.root / _named(instance) / f".{_named(snapshot_id)}.partial"
 
     def draft(self, instance: InstanceId, snapshot_id: str) -> Manifest | None:
         """The manifest of an unpublished snapshot, or None where it has none."""
@@ -231,6 +231,17 @@ class Catalog:
                 _log.warning(
                     "deleted snapshot still takes space; tried again later", path=str(leftover), error=str(error)
                 )
+
+
+def _named(name: str) -> str:
+    """*name*, which leads to no other directory than the one of that name.
+
+    Raises:
+        BackendError: It would.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise BackendError(f"{name!r} can't name anything in a catalog")
+    return name
 
 
 def _remove(directory: Path) -> None:
