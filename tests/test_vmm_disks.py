@@ -94,14 +94,14 @@ def test_below_a_chroot_no_path_leads_out_of_it(tmp_path: Path) -> None:
         "/absolute",
         "/images/up",
         "/folder/disk.raw",
-        "/x/../absolute",
+        "/images/../absolute",
     ):
-        assert view.found(told) == disk
+        assert view.held(told)[1] == disk
     for told in ("/escape", "/dots", "/../secret", "/folder/../../../secret"):
         with pytest.raises(BackendUnavailable):
-            view.found(told)
+            view.held(told)
     with pytest.raises(Unsupported, match="too many links"):
-        view.found("/loop")
+        view.held("/loop")
     assert view.name_of(root / "a" / "b") == "/a/b"
 
 
@@ -131,9 +131,9 @@ async def test_all_disks_are_copied_and_one_that_fails_ends_the_others(tmp_path:
     sizes = await copy_disks(disks, _made(tmp_path / "good"), meter, None)
     assert sizes == {f"{number}-d": MIB for number in range(6)}
     assert 0 < meter.done_bytes <= meter.total_bytes
-    disks[2].file.unlink()
+    (_made(tmp_path / "bad") / "2-d").touch()
     with pytest.raises(CaptureFailed, match="2/d can't be copied"):
-        await copy_disks(disks, _made(tmp_path / "bad"), Meter(), None)
+        await copy_disks(disks, tmp_path / "bad", Meter(), None)
 
 
 async def test_copies_that_hang_end_at_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ class CloudHypervisor:
         disks = self.config["disks"] or []
         writable = [disk["path"] for disk in disks if not disk["readonly"] and disk.get("path")]
         self.machine = Machine(self.config["memory"]["size"], writable, self.options.tick_s)
+        for pmem in self.config.get("pmem") or []:
+            self.machine.hold(pmem["file"])
         if self.options.locks:
             self.locks = [self._locked(path) for path in writable]
 
@@ -137,5 +139,7 @@ class CloudHypervisor:
         return 204, None
 
     def put_vm_add_disk(self, body: Any) -> Answer:
+        assert self.machine is not None
+        self.machine.hold(body["path"])
         self.config["disks"].append({"readonly": False, "id": f"_disk{len(self.config['disks'])}", **body})
         return 204, None

@@ -45,7 +45,8 @@ class Preparing:
             raise Unsupported("to have a stopped guest captured, say where its disks are: the backend's setting disks")
         absent = SocketAbsent("nobody listens at its socket")
         paths = await guests.files_of_stopped(instance, absent)
-        found = await guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
+        root = guests.chroot_of(instance)
+        found = await guests.in_thread(lambda: tuple(files.read_disk(path, root=root) for path in paths))
         needed = await guests.in_thread(_copied_bytes, found, guests.catalog.root)
         return Preparation((Room(guests.catalog.root, needed + MARGIN),), names, warnings=tuple(_overlays(found)))
 

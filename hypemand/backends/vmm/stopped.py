@@ -45,4 +45,5 @@ async def _unused_disks(guests: Guests, instance: InstanceId) -> tuple[Disk, ...
         paths = await guests.files_of_stopped(instance, absent)
     else:
         raise CaptureFailed(f"instance is {look} now, it was Stopped when its run began")
-    return await guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
+    root = guests.chroot_of(instance)
+    return await guests.in_thread(lambda: tuple(files.read_disk(path, root=root) for path in paths))
