@@ -6,20 +6,22 @@ import struct
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 
 from hypemand.backends import copying
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Unsupported
+from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.vmm import disks as disks_module
 from hypemand.backends.vmm import preparing
 from hypemand.backends.vmm.dialect import Drive
 from hypemand.backends.vmm.disks import Disk, copy_disks, disks_of, locked, read_disk, signs_of
 from hypemand.backends.vmm.reflinks import can_reflink
 from hypemand.backends.vmm.views import View
-from hypemand.core.model import RestoreAction, SnapshotKind
-from tests.vmm_backend import carry_out, published, running
+from hypemand.core.model import InstanceId, RestoreAction, SnapshotKind
+from tests.vmm_backend import THEN, carry_out, published, running
 from tests.vmm_guest import CLOUD_HYPERVISOR, FIRECRACKER, KINDS, MIB, count_in, make_disk
 from tests.xfs import loop_device, mounted_xfs
 
@@ -39,18 +41,56 @@ def qcow2(path: Path, backing: bytes | None) -> Path:
 
 
 def test_an_overlay_tells_what_it_stands_on(tmp_path: Path) -> None:
-    assert read_disk(qcow2(tmp_path / "top.qcow2", b"/images/base.qcow2")).backing == "/images/base.qcow2"
-    assert read_disk(qcow2(tmp_path / "alone.qcow2", None)).backing is None
-    assert read_disk(make_disk(tmp_path / "raw")).backing is None
+    top = qcow2(tmp_path / "top.qcow2", b"/images/base.qcow2")
+    assert read_disk(top, qcow2=True).backing == "/images/base.qcow2"
+    assert read_disk(qcow2(tmp_path / "alone.qcow2", None), qcow2=True).backing is None
+    assert read_disk(make_disk(tmp_path / "raw"), qcow2=True).backing is None
     (tmp_path / "tiny").write_bytes(b"QFI\xfb")
-    assert read_disk(tmp_path / "tiny").backing is None
+    assert read_disk(tmp_path / "tiny", qcow2=True).backing is None
+    assert read_disk(top).backing is None  # a raw disk: its guest wrote that
 
 
-@pytest.mark.parametrize("kind", KINDS)
-async def test_an_overlay_is_captured_with_a_warning_and_its_base_in_the_manifest(kind: str, tmp_path: Path) -> None:
+def test_what_an_image_says_it_stands_on_is_text_whatever_bytes_are_there(tmp_path: Path) -> None:
+    odd = read_disk(qcow2(tmp_path / "odd.qcow2", b"a\xff\xfe\n\x1b[2J\x00b"), qcow2=True)
+    assert odd.backing == r"a\xff\xfe\n\x1b[2J\x00b"
+
+
+@pytest.mark.parametrize(
+    ("kind", "config"),
+    [(FIRECRACKER, {}), (CLOUD_HYPERVISOR, {"image_type": "Raw"})],
+)
+async def test_a_guest_that_writes_the_header_of_an_image_into_its_raw_disk_is_captured_as_ever(
+    kind: str, config: dict[str, str], tmp_path: Path
+) -> None:
+    data = qcow2(tmp_path / "data.raw", b"\xff\xfe\x00\x01")
+    disks = [(make_disk(tmp_path / "root.raw"), "rw"), (data, "rw")]
+    if config:
+        given = [{"path": str(path), "readonly": False, **config} for path, _ in disks]
+        options: dict[str, Any] = {"config": {"disks": given}}
+    else:
+        options = {}
+    async with running(kind, tmp_path, disks=disks, tick_s=3600, wait=False, **options) as (guest, backend):
+        assert (await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)).warnings == ()
+        await published(backend, guest)
+    (manifest,) = (tmp_path / "catalog").glob("*/*/manifest.json")
+    assert "backing" not in manifest.read_text()
+
+
+def test_a_manifest_is_written_whatever_text_is_in_it(tmp_path: Path) -> None:
+    catalog = Catalog(tmp_path)
+    catalog.open(first_use=True)
+    catalog.begin(InstanceId("web-1"), "run-1")
+    given: dict[str, Any] = {"name": "n", "kind": SnapshotKind.STANDBY, "tags": {}, "created_at": THEN, "size_bytes": 0}
+    made = Manifest(id="run-1", instance_id=InstanceId("web-1"), details={"file": "/d/\udcff"}, **given)
+    catalog.write_manifest(made)
+    catalog.publish(InstanceId("web-1"), "run-1")
+    assert [manifest.details["file"] for manifest in catalog.manifests(InstanceId("web-1"))] == [r"/d/\udcff"]
+
+
+async def test_an_overlay_is_captured_with_a_warning_and_its_base_in_the_manifest(tmp_path: Path) -> None:
     top = qcow2(tmp_path / "top.qcow2", b"/images/base.qcow2")
     disks = [(make_disk(tmp_path / "root.raw"), "rw"), (top, "rw")]
-    async with running(kind, tmp_path, disks=disks, tick_s=3600, wait=False) as (guest, backend):
+    async with running(CLOUD_HYPERVISOR, tmp_path, disks=disks, tick_s=3600, wait=False) as (guest, backend):
         ready = await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
         assert f"{top} is an overlay" in ready.warnings[0]
         assert "/images/base.qcow2 as it is now" in ready.warnings[0]

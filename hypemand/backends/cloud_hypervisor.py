@@ -43,6 +43,7 @@ class CloudHypervisor:
     type_name: str = "cloud-hypervisor"
     title: str = "Cloud Hypervisor"
     saved: tuple[str, ...] = ("config.json", "state.json")
+    knows_qcow2: bool = True
 
     async def look(self, client: Client) -> Look:
         """By ``vm.info``, which is an error where the process has no VM yet, or no more."""
@@ -109,9 +110,10 @@ def _machine(info: Mapping[str, Any]) -> Machine:
 
 def _disk(disk: Mapping[str, Any]) -> Drive:
     elsewhere = disk.get("vhost_user") or disk.get("vhost_socket") or not disk.get("path")
-    return Drive(
-        str(disk.get("id") or disk.get("path")), None if elsewhere else disk["path"], bool(disk.get("readonly"))
-    )
+    # Without a word on it, or in a version that knows none, it goes by what the file begins with.
+    may_be_qcow2 = str(disk.get("image_type") or "unknown").lower() in ("qcow2", "unknown")
+    path = None if elsewhere else disk["path"]
+    return Drive(str(disk.get("id") or disk.get("path")), path, bool(disk.get("readonly")), may_be_qcow2)
 
 
 def _pmem(pmem: Mapping[str, Any]) -> Drive:

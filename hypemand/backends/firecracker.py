@@ -95,6 +95,7 @@ class Firecracker:
     type_name: str = "firecracker"
     title: str = "Firecracker"
     saved: tuple[str, ...] = (MEMORY, STATE)
+    knows_qcow2: bool = False
 
     async def look(self, client: Client) -> Look:
         """By the instance info."""

@@ -33,11 +33,13 @@ class Drive:
         name: The VMM's.
         path: As the VMM was told, which may see it elsewhere than we do; None where it is none of its files.
         read_only: The guest can't write to it.
+        may_be_qcow2: Where it looks like one; of any other disk the guest may have written what looks like one.
     """
 
     name: str
     path: str | None
     read_only: bool = False
+    may_be_qcow2: bool = False
 
 
 @frozen
@@ -78,6 +80,10 @@ class Dialect(Protocol):
     @property
     def saved(self) -> Sequence[str]:
         """Files that each snapshot by this VMM has."""
+
+    @property
+    def knows_qcow2(self) -> bool:
+        """Whether disks of its guests may be images of that kind."""
 
     async def look(self, client: Client) -> Look:
         """How the guest is."""

@@ -37,6 +37,7 @@ class Disk:
         name: For messages, and in manifests: the VMM's.
         file: A file or a block device, without links.
         data_bytes: What a copy takes, as far as that can be foreseen.
+        is_qcow2: An image of that kind.
         backing: The file below it, of an overlay; a copy is nothing without that.
         handle: What was found at *file*, and is what is copied; None: whatever has that name then.
         root: The VMM's root directory, where *file* is below it and that is not ours.
@@ -47,6 +48,7 @@ class Disk:
     size: int
     data_bytes: int
     is_device: bool = False
+    is_qcow2: bool = False
     backing: str | None = None
     handle: Handle | None = field(default=None, eq=False, repr=False)
     root: Path | None = None
@@ -73,7 +75,7 @@ def disks_of(drives: Iterable[Drive], view: View) -> tuple[Disk, ...]:
                 " hypemand can't copy it. Attach it by its path, or read-only"
             )
         handle, path = view.held(drive.path)
-        disk = _read(handle, path, drive.name, view.chroot)
+        disk = _read(handle, path, drive.name, view.chroot, qcow2=drive.may_be_qcow2)
         _check_open(disk, view)
         found.setdefault(disk.file, disk)
     return tuple(found.values())
@@ -89,11 +91,12 @@ def _check_open(disk: Disk, view: View) -> None:
         )
 
 
-def read_disk(file: Path, name: str = "", *, root: Path | None = None) -> Disk:
+def read_disk(file: Path, name: str = "", *, root: Path | None = None, qcow2: bool = False) -> Disk:
     """*file*, a path without links, as a disk.
 
     Args:
         root: Nothing leads out of it, where *file* is below.
+        qcow2: Whether it is an image of that kind, if it looks like one.
 
     Raises:
         Unsupported: It is neither a file nor a block device.
@@ -101,14 +104,14 @@ def read_disk(file: Path, name: str = "", *, root: Path | None = None) -> Disk:
     """
     try:
         if root is None or not file.is_relative_to(root):
-            return _read(held(file), file, name, None)
+            return _read(held(file), file, name, None, qcow2=qcow2)
         handle, path = held_below(root, str(file.relative_to(root)))
-        return _read(handle, path, name, root)
+        return _read(handle, path, name, root, qcow2=qcow2)
     except OSError as error:
         raise BackendUnavailable(f"disk {file} can't be read: {error.strerror}") from error
 
 
-def _read(handle: Handle, file: Path, name: str, root: Path | None) -> Disk:
+def _read(handle: Handle, file: Path, name: str, root: Path | None, *, qcow2: bool) -> Disk:
     status = handle.status()
     is_device = stat.S_ISBLK(status.st_mode)
     if not is_device and not stat.S_ISREG(status.st_mode):
@@ -119,17 +122,20 @@ def _read(handle: Handle, file: Path, name: str, root: Path | None) -> Disk:
         raise BackendUnavailable(f"disk {file} can't be read: {error.strerror}") from error
     size = os.lseek(opened.fileno(), 0, os.SEEK_END)
     data_bytes = size if is_device else status.st_blocks * 512
-    return Disk(name or file.name, file, size, data_bytes, is_device, _backing(opened.fileno()), opened, root)
+    is_qcow2 = qcow2 and os.pread(opened.fileno(), len(_QCOW2), 0) == _QCOW2
+    backing = _backing(opened.fileno()) if is_qcow2 else None
+    return Disk(name or file.name, file, size, data_bytes, is_device, is_qcow2, backing, opened, root)
 
 
 def _backing(descriptor: int) -> str | None:
     header = os.pread(descriptor, _HEADER.size, 0)
     if len(header) < _HEADER.size:
         return None
-    magic, _, offset, length = _HEADER.unpack(header)
-    if magic != _QCOW2 or not offset or length > _LONGEST_NAME:
+    _, _, offset, length = _HEADER.unpack(header)
+    if not offset or length > _LONGEST_NAME:
         return None
-    return os.pread(descriptor, length, offset).decode(errors="surrogateescape")
+    name = os.pread(descriptor, length, offset).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def signs_of(disks: Iterable[Disk]) -> tuple[Sign, ...]:

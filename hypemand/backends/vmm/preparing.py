@@ -12,6 +12,7 @@ from hypemand.backends.vmm.dialect import Machine
 from hypemand.backends.vmm.disks import Disk
 from hypemand.backends.vmm.guests import Guests
 from hypemand.backends.vmm.reflinks import can_reflink
+from hypemand.backends.vmm.stopped import read_disks
 from hypemand.core.model import InstanceId, SnapshotKind
 from hypemand.core.size import format_size
 
@@ -45,8 +46,7 @@ class Preparing:
             raise Unsupported("to have a stopped guest captured, say where its disks are: the backend's setting disks")
         absent = SocketAbsent("nobody listens at its socket")
         paths = await guests.files_of_stopped(instance, absent)
-        root = guests.chroot_of(instance)
-        found = await guests.in_thread(lambda: tuple(files.read_disk(path, root=root) for path in paths))
+        found = await guests.in_thread(read_disks, guests, instance, paths)
         needed = await guests.in_thread(_copied_bytes, found, guests.catalog.root)
         return Preparation((Room(guests.catalog.root, needed + MARGIN),), names, warnings=tuple(_overlays(found)))
 
