@@ -91,7 +91,8 @@ class CloudHypervisor:
         return self._refused(what, f"Cannot {what}: Invalid transition: InvalidStateTransition({self.state}, {to})")
 
     def get_vmm_ping(self, _: Any) -> Answer:
-        return 200, {"build_version": "v51.1", "version": "51.1", "pid": os.getpid(), "features": ["kvm"]}
+        version = self.options.version
+        return 200, {"build_version": f"v{version}", "version": version, "pid": os.getpid(), "features": ["kvm"]}
 
     def get_vm_info(self, _: Any) -> Answer:
         if self.machine is None:

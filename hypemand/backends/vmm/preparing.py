@@ -11,13 +11,12 @@ from hypemand.backends.vmm.client import SocketAbsent
 from hypemand.backends.vmm.dialect import Machine
 from hypemand.backends.vmm.disks import Disk
 from hypemand.backends.vmm.guests import Guests
+from hypemand.backends.vmm.readying import MARGIN, check_limit
 from hypemand.backends.vmm.reflinks import can_reflink
 from hypemand.backends.vmm.stopped import read_disks
 from hypemand.core.model import InstanceId, SnapshotKind
 from hypemand.core.size import format_size
 
-MARGIN = 16 << 20
-"""For the state of devices, and for the manifest."""
 MUCH = 1 << 30
 """Disks with more data than that take long to copy, seen from the guest."""
 
@@ -55,6 +54,7 @@ class Preparing:
         found = files.disks_of(machine.drives, self.guests.view(instance))
         known = set(self.guests.settings.disks_of(instance))
         self._check_writable(instance)
+        check_limit(self.guests, self.guests.writer(instance), machine)
         return Preparation(
             rooms=tuple(self._rooms(instance, machine.memory_bytes, _copied_bytes(found, catalog))),
             taken_names=names,
