@@ -42,7 +42,9 @@ class CloudHypervisor:
 
     type_name: str = "cloud-hypervisor"
     title: str = "Cloud Hypervisor"
-    saved: tuple[str, ...] = ("config.json", "state.json")
+    saved: tuple[str, ...] = ("config.json", "state.json", "memory-ranges")
+    memory_file: str = "memory-ranges"
+    documents: tuple[str, ...] = ("config.json", "state.json")
     knows_qcow2: bool = True
 
     async def look(self, client: Client) -> Look:
@@ -100,9 +102,11 @@ class CloudHypervisor:
 
 def _machine(info: Mapping[str, Any]) -> Machine:
     config = table(info.get("config"))
+    memory = table(config.get("memory"))
     return Machine(
         drives=(*map(_disk, tables(config.get("disks"))), *map(_pmem, tables(config.get("pmem")))),
-        memory_bytes=max(_memory(table(config.get("memory"))), _number(info.get("memory_actual_size"))),
+        memory_bytes=max(_memory(memory), _number(info.get("memory_actual_size"))),
+        least_memory_bytes=sum(_number(part.get("size")) for part in (memory, *tables(memory.get("zones")))),
         refusals=tuple(_refusals(config)),
         warnings=tuple(_warnings(config)),
     )

@@ -95,6 +95,8 @@ class Firecracker:
     type_name: str = "firecracker"
     title: str = "Firecracker"
     saved: tuple[str, ...] = (MEMORY, STATE)
+    memory_file: str = MEMORY
+    documents: tuple[str, ...] = ()
     knows_qcow2: bool = False
 
     async def look(self, client: Client) -> Look:
@@ -150,6 +152,7 @@ def _machine(config: Mapping[str, Any]) -> Machine:
     return Machine(
         drives=(*map(_drive, tables(config.get("drives"))), *map(_pmem, tables(config.get("pmem")))),
         memory_bytes=mebibytes * _MIB,
+        least_memory_bytes=(size if isinstance(size, int) else 0) * _MIB,
         warnings=(_TRACKED,) if table(config.get("machine-config")).get("track_dirty_pages") else (),
     )
 

@@ -48,6 +48,7 @@ class Machine:
 
     Attributes:
         memory_bytes: What its saved memory takes at most.
+        least_memory_bytes: What it takes at least.
         refusals: Why a snapshot of it could not be restored, or would harm the guest; each says what to do.
         warnings: What a snapshot of it lacks.
     """
@@ -56,6 +57,7 @@ class Machine:
     memory_bytes: int
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    least_memory_bytes: int = 0
 
 
 @frozen
@@ -80,6 +82,14 @@ class Dialect(Protocol):
     @property
     def saved(self) -> Sequence[str]:
         """Files that each snapshot by this VMM has."""
+
+    @property
+    def memory_file(self) -> str:
+        """That of them which has the memory."""
+
+    @property
+    def documents(self) -> Sequence[str]:
+        """Those of them that are JSON."""
 
     @property
     def knows_qcow2(self) -> bool:
