@@ -28,6 +28,9 @@ _STATES = {
 }
 _NO_VM = re.compile(r"not created|VmNotCreated|config is missing|VmMissingConfig", re.IGNORECASE)
 _PAUSED_ALREADY = re.compile(r"\bPaused\b\W+(to\W+)?Paused\b")
+_VERSION = re.compile(r"v?(\d+)\.")
+_WRITES_TABLES = 54
+"""The first version that does so for a pause (its pull request 8607, of July 2026, after 53.0)."""
 _DEVICES = {
     "devices": "devices of the host (VFIO)",
     "user_devices": "devices of other processes (vfio-user)",
@@ -46,6 +49,17 @@ class CloudHypervisor:
     memory_file: str = "memory-ranges"
     documents: tuple[str, ...] = ("config.json", "state.json")
     knows_qcow2: bool = True
+
+    def why_no_qcow2(self, version: str) -> str | None:
+        """Until 53 it had an image's newest tables in its memory alone, until the guest flushed or shut down."""
+        known = _VERSION.match(version)
+        if known is not None and int(known[1]) >= _WRITES_TABLES:
+            return None
+        return (
+            f"Cloud Hypervisor {version or 'of an unknown version'} does not write the tables of a qcow2 image when it"
+            f" pauses a guest (since {_WRITES_TABLES}.0 it does): a copy would lack what the guest has written. Use a"
+            " raw disk (image_type=raw), or a newer version"
+        )
 
     async def look(self, client: Client) -> Look:
         """By ``vm.info``, which is an error where the process has no VM yet, or no more."""

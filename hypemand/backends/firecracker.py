@@ -99,6 +99,11 @@ class Firecracker:
     documents: tuple[str, ...] = ()
     knows_qcow2: bool = False
 
+    def why_no_qcow2(self, version: str) -> str | None:
+        """It has none."""
+        del version
+        return None
+
     async def look(self, client: Client) -> Look:
         """By the instance info."""
         word = str(table(await client.get("/")).get("state"))

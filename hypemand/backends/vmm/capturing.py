@@ -1,8 +1,9 @@
 """A capture, from the pause to the manifest. The guest's own VMM saves memory and devices.
 
 The VMM comes first, the disks after it: its call can't be ended, and copies
-can, at the end of the freeze budget; and only then has the VMM done with what
-the guest had asked of its disks.
+can, at the end of the freeze budget; and Firecracker waits for what the guest
+has asked of its disks only then. Cloud Hypervisor does so when it pauses, and
+before 53.0 not at all.
 """
 
 import os

@@ -95,6 +95,9 @@ class Dialect(Protocol):
     def knows_qcow2(self) -> bool:
         """Whether disks of its guests may be images of that kind."""
 
+    def why_no_qcow2(self, version: str) -> str | None:
+        """Why a disk of that kind can't be copied while the guest of a VMM of that *version* is paused, or None."""
+
     async def look(self, client: Client) -> Look:
         """How the guest is."""
 

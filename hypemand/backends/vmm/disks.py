@@ -14,8 +14,9 @@ from attrs import Factory, field, frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Unsupported
 from hypemand.backends.copying import copy_file
-from hypemand.backends.vmm.dialect import Drive
-from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below, identity
+from hypemand.backends.vmm.dialect import Dialect, Drive, Identity
+from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below
+from hypemand.backends.vmm.handles import identity as identity_of
 from hypemand.backends.vmm.views import View
 from hypemand.core.size import format_size
 
@@ -81,10 +82,21 @@ def disks_of(drives: Iterable[Drive], view: View) -> tuple[Disk, ...]:
     return tuple(found.values())
 
 
+def check_qcow2(disks: Iterable[Disk], dialect: Dialect, identity: Identity) -> None:
+    """Make sure that copies of *disks* have all that the guest has written.
+
+    Raises:
+        Unsupported: One is an image that the VMM keeps part of in its memory.
+    """
+    for disk in disks:
+        if disk.is_qcow2 and (why := dialect.why_no_qcow2(identity.version)):
+            raise Unsupported(f"disk {disk.file}: {why}")
+
+
 def _check_open(disk: Disk, view: View) -> None:
     """Where that is seen: a guest goes on with its disk whatever takes the name of it."""
     opened = files_of_process(view.peer.pid) if view.peer is not None else None
-    if opened is not None and disk.handle is not None and identity(disk.handle.status()) not in opened:
+    if opened is not None and disk.handle is not None and identity_of(disk.handle.status()) not in opened:
         raise Unsupported(
             f"the guest runs with another file than {disk.file}, which was put in the place of its disk {disk.name}:"
             " put the guest's own back, or start it anew"

@@ -8,7 +8,7 @@ from attrs import frozen
 from hypemand.backends.base import Preparation, Room, Unsupported
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm.client import SocketAbsent
-from hypemand.backends.vmm.dialect import Machine
+from hypemand.backends.vmm.dialect import Identity, Machine
 from hypemand.backends.vmm.disks import Disk
 from hypemand.backends.vmm.guests import Guests
 from hypemand.backends.vmm.readying import MARGIN, check_limit
@@ -37,7 +37,8 @@ class Preparing:
         _, machine = await guests.dialect.inspect(guests.client(instance))
         if machine.refusals:
             raise Unsupported("; ".join(machine.refusals))
-        return await guests.in_thread(self._running, instance, machine, names)
+        identity = await guests.dialect.identify(guests.client(instance))
+        return await guests.in_thread(self._running, instance, machine, identity, names)
 
     async def _stopped(self, instance: InstanceId, names: frozenset[str]) -> Preparation:
         guests = self.guests
@@ -49,9 +50,12 @@ class Preparing:
         needed = await guests.in_thread(_copied_bytes, found, guests.catalog.root)
         return Preparation((Room(guests.catalog.root, needed + MARGIN),), names, warnings=tuple(_overlays(found)))
 
-    def _running(self, instance: InstanceId, machine: Machine, names: frozenset[str]) -> Preparation:
+    def _running(
+        self, instance: InstanceId, machine: Machine, identity: Identity, names: frozenset[str]
+    ) -> Preparation:
         catalog = self.guests.catalog.root
         found = files.disks_of(machine.drives, self.guests.view(instance))
+        files.check_qcow2(found, self.guests.dialect, identity)
         known = set(self.guests.settings.disks_of(instance))
         self._check_writable(instance)
         check_limit(self.guests, self.guests.writer(instance), machine)

@@ -8,7 +8,7 @@ from attrs import frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, CaptureRequest, Unsupported
 from hypemand.backends.vmm.dialect import Identity, Machine
-from hypemand.backends.vmm.disks import Disk, disks_of
+from hypemand.backends.vmm.disks import Disk, check_qcow2, disks_of
 from hypemand.backends.vmm.guests import SAVED, Guests
 from hypemand.backends.vmm.manifest import DISKS
 from hypemand.backends.vmm.rights import Writer
@@ -60,6 +60,7 @@ def _made_ready(
 ) -> Ready:
     disks, writer = disks_of(machine.drives, guests.view(instance)), guests.writer(instance)
     check_limit(guests, writer, machine)
+    check_qcow2(disks, guests.dialect, identity)
     partial = begun(guests, instance, request)
     saving = guests.saving(instance, request.run_id)
     if saving.parent != partial:
