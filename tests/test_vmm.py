@@ -66,11 +66,11 @@ async def test_the_steps_of_a_restore_lead_back_to_the_saved_count(kind: str, ja
                 while guest.count() < later:
                     await trio.sleep(0.01)
         saved = count_in(home_of(tmp_path, snapshot) / MEMORY[kind])
+        assert socket.is_socket()  # left over
         carry_out(snapshot.restore, RestoreAction.RUN)
         option = restore_option(snapshot.restore)
-        async with running_guest(
-            kind, tmp_path, chroot=chroot, socket=socket, restore=option, empty=True, wait=False
-        ) as restored:
+        given: dict[str, Any] = {"socket": socket, "restore": option, "keep_socket": True, "empty": True}
+        async with running_guest(kind, tmp_path, chroot=chroot, wait=False, **given) as restored:
             assert restored.count() == saved
             assert restored.state() in ("Paused", "Not started")
             carry_out(snapshot.restore, RestoreAction.MONITOR)

@@ -119,6 +119,7 @@ async def test_a_group_that_is_not_there_is_told_by_its_name(place: Path) -> Non
 async def test_below_the_jailer_the_vmm_gets_a_directory_of_its_own(place: Path) -> None:
     chroot = place / "jail" / "web-1" / "root"
     disk = make_disk(chroot / "root.raw")
+    disk.chmod(0o640)
     for path in (disk, chroot):
         os.chown(path, USER, USER)
     home = place / "web-1"
@@ -141,8 +142,20 @@ async def test_below_the_jailer_the_vmm_gets_a_directory_of_its_own(place: Path)
         snapshot = await published(backend, guest)
     assert not list(chroot.glob(".hypemand*"))
     assert {user for _, user in modes(place / "catalog" / "web-1" / snapshot.id).values()} == {0}
+    disk.unlink()
+    (chroot / "root.raw").symlink_to(place / "of-the-host")
+    (place / "of-the-host").write_text("not to be touched")
+    made_by_the_jailer = [chroot / "dev" / "kvm", chroot / "dev" / "net" / "tun", chroot / "jail.pid"]
+    for path in made_by_the_jailer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     carry_out(snapshot.restore, RestoreAction.RUN)
     assert set(modes(chroot / f"restored-{snapshot.id}").values()) == {(0o700, USER), (0o600, USER)}
+    assert not [path for path in (*made_by_the_jailer, socket) if path.exists()]
+    assert (place / "of-the-host").read_text() == "not to be touched"
+    status = disk.lstat()
+    assert (stat.S_ISREG(status.st_mode), status.st_uid, status.st_gid) == (True, USER, USER)
+    assert stat.S_IMODE(status.st_mode) == 0o640
 
 
 async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from hypemand.backends.copying import copy_file
 from hypemand.backends.vmm.dialect import Dialect, Drive, Identity
 from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below
 from hypemand.backends.vmm.handles import identity as identity_of
+from hypemand.backends.vmm.rights import overflow_uid
 from hypemand.backends.vmm.views import View
 from hypemand.core.size import format_size
 
@@ -42,6 +43,8 @@ class Disk:
         backing: The file below it, of an overlay; a copy is nothing without that.
         handle: What was found at *file*, and is what is copied; None: whatever has that name then.
         root: The VMM's root directory, where *file* is below it and that is not ours.
+        owner: User and group, where they can be told from here.
+        mode: In octal digits.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Disk:
     backing: str | None = None
     handle: Handle | None = field(default=None, eq=False, repr=False)
     root: Path | None = None
+    owner: tuple[int, int] | None = None
+    mode: str = "600"
 
 
 Sign = tuple[int, ...]
@@ -136,7 +141,19 @@ def _read(handle: Handle, file: Path, name: str, root: Path | None, *, qcow2: bo
     data_bytes = size if is_device else status.st_blocks * 512
     is_qcow2 = qcow2 and os.pread(opened.fileno(), len(_QCOW2), 0) == _QCOW2
     backing = _backing(opened.fileno()) if is_qcow2 else None
-    return Disk(name or file.name, file, size, data_bytes, is_device, is_qcow2, backing, opened, root)
+    return Disk(
+        name or file.name,
+        file,
+        size,
+        data_bytes,
+        is_device,
+        is_qcow2,
+        backing,
+        opened,
+        root,
+        owner=None if overflow_uid() in (status.st_uid, status.st_gid) else (status.st_uid, status.st_gid),
+        mode=f"{stat.S_IMODE(status.st_mode):o}",
+    )
 
 
 def _backing(descriptor: int) -> str | None:

@@ -59,7 +59,7 @@ class Writer:
     @property
     def is_known(self) -> bool:
         """Whether the user is one that can be told from here; in a user namespace others are all one."""
-        return self.peer is not None and self.peer.uid != _overflow_uid()
+        return self.peer is not None and self.peer.uid != overflow_uid()
 
     def make_directory(self, directory: Path) -> None:
         """Make *directory* for the VMM to write into, and for nobody else."""
@@ -155,7 +155,8 @@ def _has_list(path: Path) -> bool:
     return True
 
 
-def _overflow_uid() -> int:
+def overflow_uid() -> int:
+    """The one that stands for all users that can't be told from here."""
     try:
         return int(Path("/proc/sys/kernel/overflowuid").read_text())
     except OSError:
