@@ -18,7 +18,7 @@ from hypemand.backends.catalog import Catalog
 from hypemand.backends.vmm.client import Peer
 from hypemand.backends.vmm.rights import Writer, open_own, take_back
 from hypemand.core.model import RestoreAction, SnapshotKind
-from tests.vmm_backend import captured, carry_out, frozen, opened, published, run_of
+from tests.vmm_backend import captured, carry_out, frozen, opened, published, request, run_of
 from tests.vmm_guest import FIRECRACKER, KINDS, MIB, Guest, make_disk, running_guest
 
 both = pytest.mark.parametrize("kind", KINDS)
@@ -94,6 +94,36 @@ async def test_a_vmm_that_could_not_get_into_the_catalog_is_refused_before_the_f
         with pytest.raises(CaptureFailed, match=r"could not save|Permission denied|os error 13|not a directory"):
             await captured(backend, guest)
         assert await guest.ticks()
+
+
+async def test_a_vmm_that_gets_into_the_catalog_but_not_to_its_snapshots_is_refused_too(place: Path) -> None:
+    (place / "catalog").mkdir()
+    (place / "catalog").chmod(0o711)
+    async with foreign(FIRECRACKER, place) as (guest, backend):
+        with pytest.raises(Unsupported, match=rf"user {USER}, which can't get into {place}/catalog/web-1 .mode 700"):
+            await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+async def test_a_group_that_is_set_later_gets_into_what_was_made_before(theirs: bool, place: Path) -> None:
+    Catalog(place / "catalog").open(first_use=True)
+    home = Catalog(place / "catalog").begin("web-1", "run-0").parent  # type: ignore[arg-type]
+    os.chown(place / "catalog", 0, USER)
+    (place / "catalog").chmod(0o2710)
+    if theirs:
+        os.chown(home, OURS, OURS)
+    async with foreign(FIRECRACKER, place, snapshot_group=str(USER)) as (guest, backend):
+        if theirs:
+            with pytest.raises(Unsupported, match=rf"can't get into {home} .mode 700"):
+                await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+            return
+        await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700  # that changes nothing
+        await published(backend, guest)
+        assert (stat.S_IMODE(home.stat().st_mode), home.stat().st_gid) == (0o2710, USER)
+        home.chmod(0o2775)
+        await published(backend, guest, request("run-2"))
+        assert stat.S_IMODE(home.stat().st_mode) == 0o2775
 
 
 @both

@@ -80,7 +80,7 @@ class Preparing:
         title = self.guests.dialect.title
         assert writer.peer is not None
         if chroot is None:
-            why = writer.why_shut_out(self.guests.catalog.root)
+            why = writer.why_shut_out_of(self.guests.catalog, instance)
             if why is not None:
                 raise Unsupported(
                     f"{title} runs as user {writer.peer.uid}, which {why}: it could not save the guest. Set the"
