@@ -10,6 +10,7 @@ from hypemand.backends.base import BackendUnavailable, CaptureFailed, CaptureReq
 from hypemand.backends.vmm.dialect import Identity, Machine
 from hypemand.backends.vmm.disks import Disk, check_qcow2, disks_of
 from hypemand.backends.vmm.guests import SAVED, Guests
+from hypemand.backends.vmm.leftovers import remove, sweep
 from hypemand.backends.vmm.manifest import DISKS
 from hypemand.backends.vmm.rights import Writer
 from hypemand.core.model import InstanceId
@@ -65,7 +66,8 @@ def _made_ready(
     saving = guests.saving(instance, request.run_id)
     if saving.parent != partial:
         (partial / SAVED).mkdir(mode=0o700)
-        guests.drop_saving(instance, request.run_id)
+        sweep(saving.parent)
+        remove(saving)
         if saving.parent.stat().st_dev != partial.stat().st_dev:
             _reserve(partial / ROOM, machine.memory_bytes)
     writer.make_directory(saving)
