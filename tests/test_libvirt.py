@@ -24,8 +24,10 @@ from hypemand.backends.base import (
     Unsupported,
 )
 from hypemand.backends.libvirt import snapshots
+from hypemand.backends.libvirt.connections import Connections
 from hypemand.backends.libvirt.disks import check_capturable, check_firmware, parts_of, read_disks
 from hypemand.backends.libvirt.documents import Stage, new_document, new_note, note_of, published_document, read_xml
+from hypemand.backends.libvirt.settings import LibvirtSettings
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
@@ -423,3 +425,12 @@ async def test_the_event_loop_never_lets_go_of_anything_of_libvirts_which_might_
     gc.collect()
     assert len(freed) > 10
     assert not any(freed)
+
+
+async def test_a_connection_that_comes_back_late_is_closed_and_not_kept(guest: LibvirtGuest) -> None:
+    connections = Connections(LibvirtSettings(uri=guest.libvirtd.uri))
+    await connections.ask(lambda connection: connection.getLibVersion())
+    assert len(connections._idle) == 1
+    await connections.aclose()
+    await connections.ask(lambda connection: connection.getLibVersion())
+    assert connections._idle == []

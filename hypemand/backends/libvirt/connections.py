@@ -60,6 +60,7 @@ class Connections:
     settings: LibvirtSettings
     _idle: list[libvirt.virConnect] = Factory(list)
     _idle_lock: threading.Lock = Factory(threading.Lock)
+    _is_closed: bool = False
     _turns: defaultdict[InstanceId, threading.Lock] = field(factory=lambda: defaultdict(threading.Lock))
     _limiters: dict[InstanceId | None, trio.CapacityLimiter] = Factory(dict)
 
@@ -136,14 +137,15 @@ class Connections:
 
     def _give_back(self, connection: libvirt.virConnect) -> None:
         with self._idle_lock, suppress(libvirt.libvirtError):
-            if len(self._idle) < MOST_IDLE and connection.isAlive():
+            # What a call that was given up gives back late would be closed by whoever collects garbage then.
+            if not self._is_closed and len(self._idle) < MOST_IDLE and connection.isAlive():
                 self._idle.append(connection)
                 return
         _close(connection)
 
     def _close_idle(self) -> None:
         with self._idle_lock:
-            idle, self._idle = self._idle, []
+            idle, self._idle, self._is_closed = self._idle, [], True
         for connection in idle:
             _close(connection)
 
