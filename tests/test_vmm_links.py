@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import trio
-from attrs import Factory, frozen
+from structlog.typing import EventDict
 
 from hypemand.backends import registry
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, Surroundings, Unsupported
 from hypemand.backends.vmm import guests as guests_module
-from hypemand.backends.vmm import leftovers
 from hypemand.backends.vmm.disks import locked, read_disk, signs_of
 from hypemand.backends.vmm.handles import files_of_process
 from hypemand.core.model import InstanceId, InstanceState, RestoreAction, SnapshotKind
@@ -109,33 +108,19 @@ def test_a_directory_that_becomes_a_link_after_the_look_leads_nowhere_else(tmp_p
 
 
 async def test_what_finished_runs_left_in_a_chroot_goes_with_the_next_capture(
-    chroot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    chroot: Path, tmp_path: Path, heard_log: list[EventDict]
 ) -> None:
     left = [chroot / ".hypemand-old", chroot / ".hypemand-link", chroot / ".hypemand-stays"]
     left[0].mkdir()
     (left[0] / "memory").write_bytes(b"secret")
     left[1].symlink_to(tmp_path)
     left[2].write_bytes(b"no directory")
-    told = Told()
-    monkeypatch.setattr(leftovers, "_log", told)
     async with running_guest(FIRECRACKER, tmp_path, chroot=chroot) as guest, opened(guest, tmp_path) as backend:
         await published(backend, guest)
     assert list(chroot.glob(".hypemand*")) == [left[2]]
     assert (tmp_path / "secret").read_text() == SECRET
-    assert [path for _, path in told.errors] == [str(left[2])]
-    assert "remove it by hand" in told.errors[0][0]
-
-
-@frozen
-class Told:
-    """A log."""
-
-    errors: list[tuple[str, str]] = Factory(list)
-
-    def error(self, event: str, *, path: str, error: str) -> None:
-        """Note it."""
-        assert error
-        self.errors.append((event, path))
+    (told,) = [entry for entry in heard_log if entry["log_level"] == "error"]
+    assert (told["path"], "remove it by hand" in told["event"]) == (str(left[2]), True)
 
 
 async def test_memory_that_can_not_be_removed_from_a_chroot_keeps_the_run_open(

@@ -153,6 +153,11 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
     for key, what in _DEVICES.items():
         if tables(config.get(key)):
             yield f"Cloud Hypervisor makes no snapshots of a guest with {what}: detach them"
+    for what in _vhost_user(config):
+        yield (
+            f"{what} is served by another process (vhost-user), whose state is in no snapshot: a restore hangs, or the"
+            " capture does harm. Take it away, or have it without vhost-user"
+        )
     memory = table(config.get("memory"))
     for zone in (memory, *tables(memory.get("zones"))):
         if zone.get("file") and zone.get("shared"):
@@ -162,12 +167,20 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _warnings(config: Mapping[str, Any]) -> Iterator[str]:
+def _vhost_user(config: Mapping[str, Any]) -> Iterator[str]:
+    """Devices of which only the front is the VMM's."""
     for share in tables(config.get("fs")):
-        yield (
-            f"what is in the shared directory {share.get('tag')!r} is no part of the snapshot;"
-            " after a restore the guest has to mount it anew"
-        )
+        yield f"the shared directory {share.get('tag')!r} (fs)"
+    for key in ("generic_vhost_user", "generic-vhost-user"):
+        for device in tables(config.get(key)):
+            yield f"device {device.get('id') or device.get('socket')}"
+    for key, what in (("net", "network device"), ("disks", "disk")):
+        for device in tables(config.get(key)):
+            if device.get("vhost_user") or device.get("vhost_socket"):
+                yield f"{what} {device.get('id') or device.get('vhost_socket')}"
+
+
+def _warnings(config: Mapping[str, Any]) -> Iterator[str]:
     if nets := [str(net.get("id")) for net in tables(config.get("net")) if net.get("fds")]:
         yield f"network devices {', '.join(nets)} were given as descriptors: a restore needs new ones (net_fds)"
 
