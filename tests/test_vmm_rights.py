@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from hypemand.backends import copying
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.catalog import Catalog
+from hypemand.backends.vmm import rooms
 from hypemand.backends.vmm.client import Peer
 from hypemand.backends.vmm.rights import Writer, open_own, take_back
 from hypemand.core.model import RestoreAction, SnapshotKind
@@ -201,6 +203,7 @@ async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: 
             made = await backend.capture(guest.instance_id, asked)
             await backend.resume(guest.instance_id)
             whole = await backend.complete(made)
+            assert not room.exists()
             await backend.publish(whole.snapshot)
             assert list(chroot.glob(".hypemand*")) == []
         home = tmp_path / "catalog" / "web-1" / whole.snapshot.id
@@ -209,6 +212,34 @@ async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: 
         ]
     finally:
         subprocess.run(["rm", "-r", shared], check=True)
+
+
+async def test_room_for_memory_is_let_go_of_only_as_the_memory_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "CHUNK", MIB)
+    monkeypatch.setattr(rooms, "AHEAD", 2 * MIB)
+    source, target, room = tmp_path / "memory", tmp_path / "copy", tmp_path / "room"
+    source.write_bytes(os.urandom(16 * MIB))
+    rooms.reserve(room, 17 * MIB)
+    taken = []
+    real = os.truncate
+
+    def watched(path: Path, size: int) -> None:
+        taken.append((target.stat().st_blocks if target.exists() else 0) * 512 + size)
+        real(path, size)
+
+    def not_shared(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "truncate", watched)
+    monkeypatch.setattr(copying, "_reflinked", not_shared)
+    await copying.copy_file(source, target, meter=rooms.Exchange(room, 16 * MIB))
+    assert len(taken) > 10
+    assert all(13 * MIB <= size <= 17 * MIB for size in taken[1:-2])
+    assert room.stat().st_size == 0
+    assert rooms.Exchange(tmp_path / "none", 1).done_bytes == 0  # where one mount is seen as two, there is none
+    assert target.read_bytes() == source.read_bytes()
 
 
 def test_what_the_vmm_left_that_is_no_file_is_not_taken_over(place: Path) -> None:

@@ -159,8 +159,8 @@ def _machine(config: Mapping[str, Any]) -> Machine:
         memory_bytes=mebibytes * _MIB,
         least_memory_bytes=(size if isinstance(size, int) else 0) * _MIB,
         refusals=tuple(
-            f"drive {drive.get('drive_id')} is served by another process (vhost-user): Firecracker makes no snapshots of"
-            " it. Attach it by its path"
+            f"drive {drive.get('drive_id')} is served by another process (vhost-user): Firecracker makes no"
+            " snapshots of it. Attach it by its path"
             for drive in tables(config.get("drives"))
             if drive.get("socket")
         ),

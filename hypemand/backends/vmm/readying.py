@@ -1,6 +1,5 @@
 """What is there before a guest is paused: directories for its snapshot, and what is known of its VMM and its disks."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hypemand.backends.vmm.guests import SAVED, Guests
 from hypemand.backends.vmm.leftovers import remove, sweep
 from hypemand.backends.vmm.manifest import DISKS
 from hypemand.backends.vmm.rights import Writer
+from hypemand.backends.vmm.rooms import reserve
 from hypemand.core.model import InstanceId
 
 MARGIN = 16 << 20
@@ -69,7 +69,7 @@ def _made_ready(
         sweep(saving.parent)
         remove(saving)
         if saving.parent.stat().st_dev != partial.stat().st_dev:
-            _reserve(partial / ROOM, machine.memory_bytes)
+            reserve(partial / ROOM, machine.memory_bytes)
     writer.make_directory(saving)
     return Ready(request, partial, saving, writer, identity, machine, disks)
 
@@ -89,8 +89,3 @@ def begun(guests: Guests, instance: InstanceId, request: CaptureRequest) -> Path
     partial = guests.catalog.begin(instance, request.run_id)
     (partial / DISKS).mkdir(mode=0o700)
     return partial
-
-
-def _reserve(path: Path, size: int) -> None:
-    with path.open("xb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(size, 1))
