@@ -21,7 +21,7 @@ from hypemand.backends.vmm.client import Peer
 from hypemand.backends.vmm.rights import Writer, open_own, take_back
 from hypemand.core.model import RestoreAction, SnapshotKind
 from tests.vmm_backend import captured, carry_out, frozen, opened, published, request, run_of
-from tests.vmm_guest import FIRECRACKER, KINDS, MIB, Guest, make_disk, running_guest
+from tests.vmm_guest import CLOUD_HYPERVISOR, FIRECRACKER, KINDS, MIB, Guest, make_disk, running_guest
 
 both = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to run something as another user")
@@ -212,6 +212,36 @@ async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: 
         ]
     finally:
         subprocess.run(["rm", "-r", shared], check=True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "may"),
+    [
+        ([], False),
+        (None, False),
+        ([{"path": "{}/catalog", "access": "r"}], False),
+        ([{"path": "{}/catalog/web-1", "access": "rw"}], False),
+        ([{"path": "{}/cat", "access": "rw"}], False),
+        ([{"path": "/nowhere", "access": "r"}, {"path": "{}/catalog", "access": "rw"}], True),
+        ([{"path": "{}", "access": "w"}], True),
+    ],
+)
+async def test_a_vmm_that_landlock_keeps_from_its_snapshots_is_refused_before_the_freeze(
+    rules: list[dict[str, str]] | None, may: bool, tmp_path: Path
+) -> None:
+    given = rules and [{**rule, "path": rule["path"].format(tmp_path)} for rule in rules]
+    for enabled in (True, False):
+        config = {"landlock_enable": enabled, "landlock_rules": given}
+        directory = tmp_path / str(enabled)
+        async with (
+            running_guest(CLOUD_HYPERVISOR, directory, config=config, wait=False) as guest,
+            opened(guest, tmp_path) as backend,
+        ):
+            if may or not enabled:
+                assert (await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)).warnings == ()
+                continue
+            with pytest.raises(Unsupported, match=rf"--landlock-rules path={tmp_path}/catalog,access=rw"):
+                await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
 
 
 async def test_room_for_memory_is_let_go_of_only_as_the_memory_is_written(

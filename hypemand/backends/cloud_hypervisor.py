@@ -123,7 +123,15 @@ def _machine(info: Mapping[str, Any]) -> Machine:
         least_memory_bytes=sum(_number(part.get("size")) for part in (memory, *tables(memory.get("zones")))),
         refusals=tuple(_refusals(config)),
         warnings=tuple(_warnings(config)),
+        may_write=tuple(_landlock(config)) if config.get("landlock_enable") else None,
     )
+
+
+def _landlock(config: Mapping[str, Any]) -> Iterator[str]:
+    """Its own files are allowed beside them, of which none is a directory."""
+    for rule in tables(config.get("landlock_rules")):
+        if "w" in str(rule.get("access")):
+            yield str(rule.get("path"))
 
 
 def _disk(disk: Mapping[str, Any]) -> Drive:

@@ -51,6 +51,7 @@ class Machine:
         least_memory_bytes: What it takes at least.
         refusals: Why a snapshot of it could not be restored, or would harm the guest; each says what to do.
         warnings: What a snapshot of it lacks.
+        may_write: Directories and files that the VMM may write to, and no others; None: as its user's rights have it.
     """
 
     drives: tuple[Drive, ...]
@@ -58,6 +59,7 @@ class Machine:
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     least_memory_bytes: int = 0
+    may_write: tuple[str, ...] | None = None
 
 
 @frozen

@@ -58,6 +58,7 @@ class Preparing:
         files.check_qcow2(found, self.guests.dialect, identity)
         known = set(self.guests.settings.disks_of(instance))
         self._check_writable(instance)
+        self._check_allowed(machine)
         check_limit(self.guests, self.guests.writer(instance), machine)
         return Preparation(
             rooms=tuple(self._rooms(instance, machine.memory_bytes, _copied_bytes(found, catalog))),
@@ -89,6 +90,17 @@ class Preparing:
             return
         if why := files.why_not_writable(chroot):
             raise Unsupported(f"hypemand can't make the directory for {title}'s files in {chroot}: {why}")
+
+    def _check_allowed(self, machine: Machine) -> None:
+        """Rules are those of when the guest was started, and of the directories as they were then."""
+        catalog = self.guests.catalog.root.resolve()
+        allowed = machine.may_write
+        if allowed is None or any(catalog.is_relative_to(Path(path).resolve()) for path in allowed):
+            return
+        raise Unsupported(
+            f"{self.guests.dialect.title} runs with --landlock, and may not write to {catalog}: it could not save the"
+            f" guest. Start it with --landlock-rules path={catalog},access=rw (the directory has to be there by then)"
+        )
 
 
 def _copied_bytes(disks: Sequence[Disk], catalog: Path) -> int:
