@@ -4,6 +4,9 @@ That is told by its socket, by locks, and by the files themselves, before the
 copy and after it.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, CaptureRequest
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm.client import SocketAbsent
@@ -45,4 +48,10 @@ async def _unused_disks(guests: Guests, instance: InstanceId) -> tuple[Disk, ...
         paths = await guests.files_of_stopped(instance, absent)
     else:
         raise CaptureFailed(f"instance is {look} now, it was Stopped when its run began")
-    return await guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
+    return await guests.in_thread(read_disks, guests, instance, paths)
+
+
+def read_disks(guests: Guests, instance: InstanceId, paths: Iterable[Path]) -> tuple[Disk, ...]:
+    """The disks at *paths*, which the settings lead to. Blocking."""
+    root, qcow2 = guests.chroot_of(instance), guests.dialect.knows_qcow2
+    return tuple(files.read_disk(path, root=root, qcow2=qcow2) for path in paths)
