@@ -13,7 +13,7 @@ class Machine:
 
     def __init__(self, memory: int, disks: list[str], tick_s: float) -> None:
         self.memory = bytearray(b"M" * memory)
-        self.disks = disks
+        self.disks = [os.open(disk, os.O_RDWR) for disk in disks]
         self.tick_s = tick_s
         self.running = False
         self.lock = threading.Lock()
@@ -58,6 +58,4 @@ class Machine:
         count = (self.count + 1).to_bytes(COUNTER, "little")
         self.memory[:COUNTER] = count
         for disk in self.disks:
-            descriptor = os.open(disk, os.O_WRONLY)
-            os.pwrite(descriptor, count, 0)
-            os.close(descriptor)
+            os.pwrite(disk, count, 0)

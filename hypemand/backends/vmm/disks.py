@@ -153,8 +153,16 @@ async def copy_disks(disks: Sequence[Disk], directory: Path, meter: Meter, deadl
     with trio.CancelScope(deadline=math.inf if deadline is None else deadline):
         await copies.make(disks)
         return copies.sizes
-    raise CaptureFailed(
-        f"the guest's freeze budget was over when {format_size(meter.done_bytes)} of {format_size(meter.total_bytes)}"
+    raise CaptureFailed(over_budget(meter))
+
+
+def over_budget(meter: Meter) -> str:
+    """What became of a capture that had to end with the freeze budget, and what to do."""
+    over = "the guest's freeze budget was over when"
+    if meter.done_bytes and meter.done_bytes >= meter.total_bytes:
+        return f"{over} its disks were copied, and not yet looked at again: their filesystem hangs, or is very slow"
+    return (
+        f"{over} {format_size(meter.done_bytes)} of {format_size(meter.total_bytes)}"
         " of its disks were copied: raise its max_freeze, or have disks and snapshots on one filesystem that can"
         " reflink (XFS, btrfs)"
     )
