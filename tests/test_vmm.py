@@ -312,6 +312,36 @@ async def test_a_vmm_that_does_not_write_where_it_says_is_found_out(kind: str, t
 
 
 @both
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("memory", b"x", "has 1 B of its memory of 1.0 MiB"),
+        ("memory", None, "can't be found"),
+        ("state.json", b'{"devices": [', "state.json is not whole"),
+        ("config.json", b"", "config.json can't be found"),
+        ("config.json", b"\0" * 100, "config.json is not whole"),
+    ],
+)
+async def test_a_save_that_is_not_whole_is_no_snapshot(
+    kind: str, name: str, content: bytes | None, told: str, tmp_path: Path
+) -> None:
+    if name != "memory" and kind == FIRECRACKER:
+        name = "state"
+        content, told = b"", "state can't be found"
+    file = Path(MEMORY[kind]).name if name == "memory" else name
+    async with running(kind, tmp_path) as (guest, backend):
+        made = await captured(backend, guest)
+        (saving,) = (tmp_path / "catalog").glob("web-1/.*/vmm")
+        (saving / file).unlink()
+        if content is not None:
+            (saving / file).write_bytes(content)
+        with pytest.raises(CaptureFailed, match=told):
+            await backend.complete(made)
+        await backend.settle(run_of(backend, guest), ours=False)
+        assert await backend.list_snapshots(guest.instance_id) == ()
+
+
+@both
 async def test_relative_paths_are_those_of_the_vmms_directory(kind: str, tmp_path: Path) -> None:
     async with running(kind, tmp_path) as (guest, backend):
         look = "/api/v1/vm.info" if kind == CLOUD_HYPERVISOR else "/vm/config"

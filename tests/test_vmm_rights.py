@@ -19,7 +19,7 @@ from hypemand.backends.vmm.client import Peer
 from hypemand.backends.vmm.rights import Writer, open_own, take_back
 from hypemand.core.model import RestoreAction, SnapshotKind
 from tests.vmm_backend import captured, carry_out, frozen, opened, published, run_of
-from tests.vmm_guest import FIRECRACKER, KINDS, Guest, make_disk, running_guest
+from tests.vmm_guest import FIRECRACKER, KINDS, MIB, Guest, make_disk, running_guest
 
 both = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to run something as another user")
@@ -94,6 +94,19 @@ async def test_a_vmm_that_could_not_get_into_the_catalog_is_refused_before_the_f
         with pytest.raises(CaptureFailed, match=r"could not save|Permission denied|os error 13|not a directory"):
             await captured(backend, guest)
         assert await guest.ticks()
+
+
+@both
+async def test_a_vmm_that_its_own_save_would_end_is_refused_and_lives_on(kind: str, tmp_path: Path) -> None:
+    async with running_guest(kind, tmp_path, memory=2 * MIB, fsize=MIB) as guest, opened(guest, tmp_path) as backend:
+        with pytest.raises(Unsupported, match=r"files of 1.0 MiB at most \(RLIMIT_FSIZE\).*--resource-limit fsize="):
+            await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+        with pytest.raises(CaptureFailed, match="RLIMIT_FSIZE"):
+            await captured(backend, guest)
+        assert await guest.ticks()
+    async with running_guest(kind, tmp_path, fsize=64 * MIB) as guest, opened(guest, tmp_path) as backend:
+        await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+        assert (await published(backend, guest)).size_bytes > MIB
 
 
 async def test_a_group_that_is_not_there_is_told_by_its_name(place: Path) -> None:

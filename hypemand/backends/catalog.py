@@ -24,6 +24,7 @@ from hypemand.backends.base import BackendUnavailable
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Extra, InstanceId, RestoreStep, Snapshot, SnapshotKind
 from hypemand.core.structure import new_converter, structure
+from hypemand.core.utf8 import as_utf8
 
 MARKER = ".hypemand-catalog"
 MANIFEST = "manifest.json"
@@ -188,7 +189,7 @@ class Catalog:
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the manifest of the snapshot that `begin` began."""
         path = self.partial(manifest.instance_id, manifest.id) / MANIFEST
-        data = orjson.dumps(_CONVERTER.unstructure(manifest), option=orjson.OPT_INDENT_2)
+        data = orjson.dumps(as_utf8(_CONVERTER.unstructure(manifest)), option=orjson.OPT_INDENT_2)
         new = path.with_suffix(".new")
         new.write_bytes(data + b"\n")
         new.replace(path)

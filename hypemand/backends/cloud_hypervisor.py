@@ -42,7 +42,10 @@ class CloudHypervisor:
 
     type_name: str = "cloud-hypervisor"
     title: str = "Cloud Hypervisor"
-    saved: tuple[str, ...] = ("config.json", "state.json")
+    saved: tuple[str, ...] = ("config.json", "state.json", "memory-ranges")
+    memory_file: str = "memory-ranges"
+    documents: tuple[str, ...] = ("config.json", "state.json")
+    knows_qcow2: bool = True
 
     async def look(self, client: Client) -> Look:
         """By ``vm.info``, which is an error where the process has no VM yet, or no more."""
@@ -99,9 +102,11 @@ class CloudHypervisor:
 
 def _machine(info: Mapping[str, Any]) -> Machine:
     config = table(info.get("config"))
+    memory = table(config.get("memory"))
     return Machine(
         drives=(*map(_disk, tables(config.get("disks"))), *map(_pmem, tables(config.get("pmem")))),
-        memory_bytes=max(_memory(table(config.get("memory"))), _number(info.get("memory_actual_size"))),
+        memory_bytes=max(_memory(memory), _number(info.get("memory_actual_size"))),
+        least_memory_bytes=sum(_number(part.get("size")) for part in (memory, *tables(memory.get("zones")))),
         refusals=tuple(_refusals(config)),
         warnings=tuple(_warnings(config)),
     )
@@ -109,9 +114,10 @@ def _machine(info: Mapping[str, Any]) -> Machine:
 
 def _disk(disk: Mapping[str, Any]) -> Drive:
     elsewhere = disk.get("vhost_user") or disk.get("vhost_socket") or not disk.get("path")
-    return Drive(
-        str(disk.get("id") or disk.get("path")), None if elsewhere else disk["path"], bool(disk.get("readonly"))
-    )
+    # Without a word on it, or in a version that knows none, it goes by what the file begins with.
+    may_be_qcow2 = str(disk.get("image_type") or "unknown").lower() in ("qcow2", "unknown")
+    path = None if elsewhere else disk["path"]
+    return Drive(str(disk.get("id") or disk.get("path")), path, bool(disk.get("readonly")), may_be_qcow2)
 
 
 def _pmem(pmem: Mapping[str, Any]) -> Drive:

@@ -10,6 +10,7 @@ a list of what goes wrong with which request (see `Fault`).
 
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -37,6 +38,8 @@ class Options:
         chroot: Where its paths are below (Firecracker).
         config: Taken over into the guest's configuration.
         user: Runs as this user and group.
+        fsize: Writes no larger files: beyond it the kernel ends the process.
+        version: Says that it is this one (Cloud Hypervisor).
     """
 
     def __init__(self, given: dict[str, Any], restore: str | None) -> None:
@@ -52,6 +55,8 @@ class Options:
         self.chroot: str | None = given.get("chroot")
         self.config: dict[str, Any] = given.get("config", {})
         self.user: int | None = given.get("user")
+        self.fsize: int | None = given.get("fsize")
+        self.version: str = given.get("version", "51.1")
         self.restore = restore
 
 
@@ -224,6 +229,9 @@ def main() -> None:
     kind, given, *others = sys.argv[1:]
     restore = others[1] if others[:1] == ["--restore"] else None
     options = Options(json.loads(given), restore)
+    if options.fsize is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options.fsize, options.fsize))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
     if options.user is not None:
         os.setgroups([])
         os.setgid(options.user)

@@ -26,6 +26,7 @@ from hypemand.backends.vmm.manifest import DISKS, Contents, Way, manifest_of
 from hypemand.backends.vmm.readying import ROOM, Ready, make_ready
 from hypemand.backends.vmm.rights import open_own, take_back
 from hypemand.backends.vmm.stopped import copy_stopped
+from hypemand.backends.vmm.whole import check_documents, check_sizes
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 
 _log = structlog.get_logger()
@@ -67,15 +68,18 @@ class Capturing:
         client = self.guests.client(instance)
         await client.hold()
         try:
-            look, machine = await self.guests.dialect.inspect(client)
-            if look.state is not InstanceState.RUNNING:
-                raise InvalidState(f"instance is {look}: only a running one can be paused")
-            ready = await make_ready(self.guests, instance, request, machine)
-            await self.guests.in_thread(origin.write_note, ready.partial, client.peer)
+            self._ready[instance] = await self._made_ready(instance, request, client)
         except BaseException:
             await client.let_go()
             raise
-        self._ready[instance] = ready
+
+    async def _made_ready(self, instance: InstanceId, request: CaptureRequest, client: Client) -> Ready:
+        look, machine = await self.guests.dialect.inspect(client)
+        if look.state is not InstanceState.RUNNING:
+            raise InvalidState(f"instance is {look}: only a running one can be paused")
+        ready = await make_ready(self.guests, instance, request, machine)
+        await self.guests.in_thread(origin.write_note, ready.partial, client.peer)
+        return ready
 
     def _is_ready(self, instance: InstanceId, request: CaptureRequest) -> bool:
         ready = self._ready.get(instance)
@@ -176,7 +180,7 @@ class Capturing:
         """Copy the disks, and see that they are of the same instant as what was saved."""
         meter.total_bytes = sum(disk.data_bytes for disk in ready.disks)
         signs = await self.guests.in_thread(files.signs_of, ready.disks)
-        sizes = await files.copy_disks(ready.disks, ready.partial / DISKS, meter, None)
+        sizes = await files.copy_disks(ready.disks, ready.partial / DISKS, meter)
         return await self._check(instance, Taken(ready, sizes), signs)
 
     async def _check(self, instance: InstanceId, taken: Taken, signs: tuple[Sign, ...]) -> Captured:
@@ -228,7 +232,7 @@ class Capturing:
         """Have the VMM's files in the catalog, also from the VMM's own root directory."""
         target = ready.partial / SAVED
         saved, left = await self.guests.in_thread(take_back, ready.saving, target)
-        self._check_whole(ready.saving, saved)
+        check_sizes(self.guests.dialect, ready.machine, ready.saving, saved)
         await self.guests.in_thread((ready.partial / ROOM).unlink, missing_ok=True)
         if left:
             descriptor = await self.guests.in_thread(open_own, ready.saving)
@@ -237,15 +241,8 @@ class Capturing:
                     await copy_file(Path(f"/proc/self/fd/{descriptor}") / name, target / name)
             finally:
                 os.close(descriptor)
+        await self.guests.in_thread(check_documents, self.guests.dialect, target)
         return saved
-
-    def _check_whole(self, saving: Path, saved: dict[str, int]) -> None:
-        missing = [name for name in self.guests.dialect.saved if not saved.get(name)]
-        if missing:
-            raise CaptureFailed(
-                f"{self.guests.dialect.title} says that it has saved the guest, but {' and '.join(missing)} can't be"
-                f" found in {saving}: does it see the same directory there?"
-            )
 
     async def forget(self, instance: InstanceId) -> None:
         """Let go of what was made ready for a capture that is over, or never came."""

@@ -49,9 +49,7 @@ class Guests:
     def client(self, instance: InstanceId) -> Client:
         """What asks the VMM of *instance*."""
         if instance not in self._clients:
-            self._clients[instance] = Client(
-                self.settings.socket_of(checked(instance)), self.chroot_of(instance)
-            )
+            self._clients[instance] = Client(self.settings.socket_of(checked(instance)), self.chroot_of(instance))
         return self._clients[instance]
 
     def chroot_of(self, instance: InstanceId) -> Path | None:
@@ -103,8 +101,8 @@ class Guests:
             raise BackendUnavailable(f"{absent}; but a process has {', '.join(use.written)} open for writing")
         if use.untold:
             raise BackendUnavailable(
-                f"{absent}; whether a process has {', '.join(use.untold)} open for writing can't be told: the kernel tells"
-                " it the owner of the file, and root (CAP_LEASE; for block devices CAP_SYS_PTRACE)"
+                f"{absent}; whether a process has {', '.join(use.untold)} open for writing can't be told: the kernel"
+                " tells it the owner of the file, and root (CAP_LEASE; for block devices CAP_SYS_PTRACE)"
             )
 
     # Threads of its own: a hung filesystem below this catalog stops no other backend.

@@ -1,4 +1,4 @@
-"""Which process has a guest stand still for a run: noted beside the snapshot that is built, for whoever settles the run.
+"""Which process has a guest stand still for a run: noted beside its snapshot, for whoever settles the run.
 
 A VMM keeps no mark of whose pause it is. But a process that is gone has no
 guest any more, and one that began later never had that one.
@@ -8,7 +8,6 @@ import os
 from pathlib import Path
 
 import orjson
-from attrs import frozen
 
 from hypemand.backends.vmm import processes
 from hypemand.backends.vmm.client import Peer

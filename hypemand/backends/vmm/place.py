@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import trio
 from attrs import define, field
 
-from hypemand.backends.vmm.inside import opened_inside
+from hypemand.backends.vmm.handles import Handle, held_below
 
 if TYPE_CHECKING:
     import httpx2
@@ -43,14 +43,15 @@ class Place:
     Its descriptor is closed when it is over *and* nobody uses it, as its number is another file's then.
     """
 
-    _descriptor: int
+    _handle: Handle | None
     _http: "httpx2.AsyncClient" = field(init=False)
     _users: int = field(init=False, default=0)
     _is_over: bool = field(init=False, default=False)
 
     @_http.default
     def _new_http(self) -> "httpx2.AsyncClient":
-        return new_http(f"/proc/self/fd/{self._descriptor}")
+        assert self._handle is not None
+        return new_http(f"/proc/self/fd/{self._handle.fileno()}")
 
     @asynccontextmanager
     async def in_use(self) -> AsyncIterator["httpx2.AsyncClient"]:
@@ -68,21 +69,19 @@ class Place:
         await self._close_unused()
 
     async def _close_unused(self) -> None:
-        if self._is_over and not self._users and self._descriptor >= 0:
-            descriptor, self._descriptor = self._descriptor, -1
-            try:
-                with trio.CancelScope(shield=True):  # nothing of it waits for the other side
-                    await self._http.aclose()
-            finally:
-                os.close(descriptor)
+        if self._is_over and not self._users and self._handle is not None:
+            with trio.CancelScope(shield=True):  # nothing of it waits for the other side
+                await self._http.aclose()
+            self._handle = None
 
 
 def place_of(socket: Path, root: Path | None) -> Place:
     """The file *socket*; below *root*, where that is a VMM's root directory, its links lead nowhere else.
 
     Raises:
+        Unsupported: Too many links.
         OSError: It is not there.
     """
     if root is not None and socket.is_relative_to(root):
-        return Place(opened_inside(root, str(socket.relative_to(root))))
-    return Place(os.open(socket, os.O_PATH | os.O_CLOEXEC))
+        return Place(held_below(root, str(socket.relative_to(root)))[0])
+    return Place(Handle(os.open(socket, os.O_PATH | os.O_CLOEXEC)))

@@ -11,12 +11,12 @@ from hypemand.backends.vmm.client import SocketAbsent
 from hypemand.backends.vmm.dialect import Machine
 from hypemand.backends.vmm.disks import Disk
 from hypemand.backends.vmm.guests import Guests
+from hypemand.backends.vmm.readying import MARGIN, check_limit
 from hypemand.backends.vmm.reflinks import can_reflink
+from hypemand.backends.vmm.stopped import read_disks
 from hypemand.core.model import InstanceId, SnapshotKind
 from hypemand.core.size import format_size
 
-MARGIN = 16 << 20
-"""For the state of devices, and for the manifest."""
 MUCH = 1 << 30
 """Disks with more data than that take long to copy, seen from the guest."""
 
@@ -45,7 +45,7 @@ class Preparing:
             raise Unsupported("to have a stopped guest captured, say where its disks are: the backend's setting disks")
         absent = SocketAbsent("nobody listens at its socket")
         paths = await guests.files_of_stopped(instance, absent)
-        found = await guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
+        found = await guests.in_thread(read_disks, guests, instance, paths)
         needed = await guests.in_thread(_copied_bytes, found, guests.catalog.root)
         return Preparation((Room(guests.catalog.root, needed + MARGIN),), names, warnings=tuple(_overlays(found)))
 
@@ -54,6 +54,7 @@ class Preparing:
         found = files.disks_of(machine.drives, self.guests.view(instance))
         known = set(self.guests.settings.disks_of(instance))
         self._check_writable(instance)
+        check_limit(self.guests, self.guests.writer(instance), machine)
         return Preparation(
             rooms=tuple(self._rooms(instance, machine.memory_bytes, _copied_bytes(found, catalog))),
             taken_names=names,

@@ -14,6 +14,8 @@ from hypemand.backends.vmm.manifest import DISKS
 from hypemand.backends.vmm.rights import Writer
 from hypemand.core.model import InstanceId
 
+MARGIN = 16 << 20
+"""For the state of devices, and for the manifest."""
 ROOM = "room"
 """A file of a snapshot that is built: it holds the room for what is still in another filesystem."""
 
@@ -57,6 +59,7 @@ def _made_ready(
     guests: Guests, instance: InstanceId, request: CaptureRequest, identity: Identity, machine: Machine
 ) -> Ready:
     disks, writer = disks_of(machine.drives, guests.view(instance)), guests.writer(instance)
+    check_limit(guests, writer, machine)
     partial = begun(guests, instance, request)
     saving = guests.saving(instance, request.run_id)
     if saving.parent != partial:
@@ -66,6 +69,16 @@ def _made_ready(
             _reserve(partial / ROOM, machine.memory_bytes)
     writer.make_directory(saving)
     return Ready(request, partial, saving, writer, identity, machine, disks)
+
+
+def check_limit(guests: Guests, writer: Writer, machine: Machine) -> None:
+    """Make sure that the VMM outlives its own save. Blocking.
+
+    Raises:
+        Unsupported: It would not.
+    """
+    if why := writer.why_too_small(machine.memory_bytes + MARGIN):
+        raise Unsupported(f"{guests.dialect.title} {why}")
 
 
 def begun(guests: Guests, instance: InstanceId, request: CaptureRequest) -> Path:

@@ -17,10 +17,12 @@ from attrs import frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.vmm.client import Peer
+from hypemand.core.size import format_size
 
 _ENTER = 0o1
 _FOR_GROUP = 0o730
 _ACL = "system.posix_acl_access"
+_FILE_SIZE = "Max file size"
 
 
 def group_id(group: str | None) -> int | None:
@@ -92,6 +94,17 @@ class Writer:
         gid = self.group if self.group is not None else status.st_gid if inherits else os.getegid()
         return None if gid in self._groups() else f"is not in the group {gid}, to which its directory would belong"
 
+    def why_too_small(self, file_bytes: int) -> str | None:
+        """Why it could not write a file of *file_bytes*, or None: beyond its limit the kernel ends it and its guest."""
+        limit = None if self.peer is None else _file_limit(self.peer.pid)
+        if limit is None or limit >= file_bytes:
+            return None
+        return (
+            f"may write files of {format_size(limit)} at most (RLIMIT_FSIZE), and its guest's memory may take"
+            f" {format_size(file_bytes)}: a capture would end it. Raise that limit (the jailer's"
+            " --resource-limit fsize=, LimitFSIZE= in its unit), and start it anew"
+        )
+
     def _may(self, path: Path, wanted: int) -> bool:
         status = path.stat()
         if _has_list(path):
@@ -108,6 +121,16 @@ class Writer:
     def _groups(self) -> set[int]:
         assert self.peer is not None
         return {self.peer.gid, *_groups_of_process(self.peer.pid), *_groups_of_user(self.peer)}
+
+
+def _file_limit(pid: int) -> int | None:
+    """In bytes; None where there is none, or it is not seen."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/limits").read_text().splitlines():
+            if line.startswith(_FILE_SIZE):
+                soft = line.removeprefix(_FILE_SIZE).split()[0]
+                return int(soft) if soft.isdecimal() else None
+    return None
 
 
 def _groups_of_process(pid: int) -> Iterator[int]:

@@ -48,7 +48,8 @@ async def thaw(guests: Guests, capturing: Capturing, run: RunStarted, *, ours: b
         if known.lives():
             raise BackendUnavailable(
                 f"the guest may stand still in process {known.pid}, which can't be asked: {client.socket} belongs to"
-                f" process {client.peer.pid} now. Look whether it runs; the run is settled once one of the two has ended"
+                f" process {client.peer.pid} now. Look whether it runs; the run is settled once process {known.pid} has"
+                " ended, or listens there again"
             )
         return _left_alone(run, look.state)
     if look.state is not InstanceState.PAUSED:
@@ -62,7 +63,9 @@ async def thaw(guests: Guests, capturing: Capturing, run: RunStarted, *, ours: b
 def _left_alone(run: RunStarted, state: InstanceState) -> Thawed:
     if state is not InstanceState.PAUSED:
         return Thawed()
-    note = "the guest is Paused, in a process that began after the run: that is somebody else's pause, and was left alone"
+    note = (
+        "the guest is Paused, in a process that began after the run: that is somebody else's pause, and was left alone"
+    )
     _log.warning(note, instance_id=run.instance_id)
     return Thawed(notes=(note,))
 

@@ -52,8 +52,8 @@ def use_of(disks: Iterable[Path]) -> Use:
 
 def _is_written(disk: Path) -> bool | None:
     status = disk.stat()
-    if not stat.S_ISREG(status.st_mode):  # to open a pipe may be noticed at its other end
-        return _is_open(status) if stat.S_ISBLK(status.st_mode) else None
+    if not stat.S_ISREG(status.st_mode):  # anything else is nobody's disk, as whoever reads it as one says
+        return _is_open(status) if stat.S_ISBLK(status.st_mode) else False
     descriptor = os.open(disk, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         return _refuses_lease(descriptor)
