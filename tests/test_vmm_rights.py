@@ -70,7 +70,7 @@ async def test_root_lets_the_vmm_write_and_takes_it_all_back(kind: str, place: P
         assert (await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)).warnings == ()
         asked = await frozen(backend, guest)
         partial = place / "catalog" / "web-1" / ".run-1.partial"
-        assert modes(partial) == {".": (0o2710, 0), "disks": (0o2700, 0), "vmm": (0o2700, USER)}
+        assert modes(partial) == {".": (0o2710, 0), "disks": (0o2700, 0), "process": (0o600, 0), "vmm": (0o2700, USER)}
         await backend.capture(guest.instance_id, asked)
         await backend.resume(guest.instance_id)
         await backend.settle(run_of(backend, guest), ours=False)

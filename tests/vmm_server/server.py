@@ -73,6 +73,7 @@ class Fault:
         cut: The connection ends: "before" it is served, "after", or within the "answer".
         close: It ends after a whole answer.
         huge: So many bytes of answer.
+        endless: An answer that goes on until nobody takes it any more.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
@@ -86,8 +87,10 @@ class Fault:
         self.cut: str | None = given.get("cut")
         self.close: bool = given.get("close", False)
         self.huge: int = given.get("huge", 0)
+        self.endless: bool = given.get("endless", False)
 
 
+CHUNK = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
 NOTHING = Fault({"request": "", "times": 0})
 
 
@@ -163,10 +166,14 @@ class Server:
         data = answer_of(status, "x" * fault.huge if fault.huge else content)
         if fault.raw is not None:
             data = fault.raw.encode()
+        if fault.endless:
+            data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         if fault.cut == "answer":
             data = data[: len(data) // 2]
         try:
             connection.sendall(data)
+            while fault.endless:
+                connection.sendall(CHUNK)
         except OSError:
             self.close(connection)
             return

@@ -1,7 +1,6 @@
 """The disks of a guest, as files of this host, and copies of them. What is not async is blocking."""
 
 import fcntl
-import math
 import os
 import stat
 import struct
@@ -209,25 +208,28 @@ def named(disks: Sequence[Disk]) -> Iterator[tuple[str, Disk]]:
     return ((f"{number}-{disk.file.name}", disk) for number, disk in enumerate(disks))
 
 
-async def copy_disks(disks: Sequence[Disk], directory: Path, meter: Meter, deadline: float | None) -> dict[str, int]:
+async def copy_disks(disks: Sequence[Disk], directory: Path, meter: Meter) -> dict[str, int]:
     """Copy *disks* into *directory*, some at a time: together they take half as long as one after the other.
-
-    Args:
-        deadline: On trio's clock; then the copies are ended.
 
     Returns:
         Sizes by name.
 
     Raises:
-        CaptureFailed: With the reason, and at the deadline.
+        CaptureFailed: With the reason.
     """
     meter.total_bytes = sum(disk.data_bytes for disk in disks)
     copies = Copies(directory, meter)
-    with trio.CancelScope(deadline=math.inf if deadline is None else deadline):
-        await copies.make(disks)
-        return copies.sizes
-    raise CaptureFailed(
-        f"the guest's freeze budget was over when {format_size(meter.done_bytes)} of {format_size(meter.total_bytes)}"
+    await copies.make(disks)
+    return copies.sizes
+
+
+def over_budget(meter: Meter) -> str:
+    """What became of a capture that had to end with the freeze budget, and what to do."""
+    over = "the guest's freeze budget was over when"
+    if meter.done_bytes and meter.done_bytes >= meter.total_bytes:
+        return f"{over} its disks were copied, and not yet looked at again: their filesystem hangs, or is very slow"
+    return (
+        f"{over} {format_size(meter.done_bytes)} of {format_size(meter.total_bytes)}"
         " of its disks were copied: raise its max_freeze, or have disks and snapshots on one filesystem that can"
         " reflink (XFS, btrfs)"
     )

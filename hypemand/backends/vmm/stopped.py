@@ -31,7 +31,7 @@ async def copy_stopped(guests: Guests, instance: InstanceId, request: CaptureReq
     found = await _unused_disks(guests, instance)
     signs = await guests.in_thread(files.signs_of, found)
     partial = await guests.in_thread(begun, guests, instance, request)
-    sizes = await files.copy_disks(found, partial / DISKS, request.meter, None)
+    sizes = await files.copy_disks(found, partial / DISKS, request.meter)
     if signs != await guests.in_thread(files.signs_of, found):
         raise CaptureFailed("a disk was written to while it was copied: something uses the disks of this guest")
     try:
