@@ -7,9 +7,11 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +33,8 @@ from hypemand.backends.base import (
     Surroundings,
     Unsupported,
 )
-from hypemand.backends.hypeman import holding
+from hypemand.backends.hypeman import holding, tokens
+from hypemand.backends.hypeman.backend import HypemanBackend
 from hypemand.backends.hypeman.documents import kept_of
 from hypemand.backends.hypeman.drafts import way_back
 from hypemand.backends.hypeman.server import Server
@@ -250,6 +253,50 @@ async def test_a_server_with_a_certificate_of_its_own_is_trusted_by_ca_file(tmp_
         missing = site.backend(tmp_path, ca_file=str(tmp_path / "nowhere.pem"))
         with pytest.raises(BackendUnavailable, match=r"ca_file .*nowhere.pem can't be used: No such file"):
             await missing.instances()
+
+
+async def test_a_ca_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    ca_file = tmp_path / "ca.pem"
+    shutil.copy(ROOT / "tests" / "tls" / "other-cert.pem", ca_file)
+    async with opened(tmp_path, "https", ca_file=str(ca_file)) as (site, backend):
+        for _ in range(2):
+            with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+                await backend.state(WEB)
+        shutil.copy(ROOT / "tests" / "tls" / "cert.pem", ca_file)
+        assert (await backend.state(WEB)).state is InstanceState.RUNNING
+        other = site.backend(tmp_path, ca_file=str(ca_file))
+        assert isinstance(other, HypemanBackend)
+        shutil.copy(ROOT / "tests" / "tls" / "other-cert.pem", ca_file)
+        with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+            await other.server.have_done(f"/instances/{WEB}/standby", {})
+        shutil.copy(ROOT / "tests" / "tls" / "cert.pem", ca_file)
+        assert (await other.server.have_done(f"/instances/{WEB}/standby", {})).status == 200
+        await other.aclose()
+
+
+async def test_files_that_can_not_be_read_for_the_moment_hold_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+
+    def block(*_: object, **__: object) -> None:
+        assert may_go_on.wait(PATIENCE_S)
+        raise OSError(errno.EIO, "the disk is gone")
+
+    async with opened(tmp_path, "https") as (site, backend):
+        await backend.state(WEB)
+        try:
+            for module, name in ((ssl, "create_default_context"), (tokens, "read_private")):
+                with monkeypatch.context() as patched:
+                    patched.setattr(module, name, block)
+                    other = site.backend(tmp_path)
+                    with trio.fail_after(PATIENCE_S / 2), trio.move_on_after(0.2) as hasty:
+                        await other.state(WEB)
+                    assert hasty.cancelled_caught
+                    assert (await backend.state(WEB)).state is InstanceState.RUNNING  # it has read them before
+                    await other.aclose()
+        finally:
+            may_go_on.set()
 
 
 async def test_the_certificate_is_checked_in_whatever_case_the_address_is_written(tmp_path: Path) -> None:
