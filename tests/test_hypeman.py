@@ -689,6 +689,16 @@ async def test_a_guest_that_the_server_is_just_about_to_bring_back_is_its_own_bu
         await other.aclose()
 
 
+async def test_a_restore_in_vain_that_somebody_else_makes_good_is_not_ours(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        site.fault(RESTORE, restore_fails=True)
+        with pytest.raises(BackendUnavailable, match="could not be restored"):
+            await settle(backend, new_request())
+        site.set_state("Running")
+        assert (await settle(backend, new_request())).resumed is False
+
+
 async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         site.fault(SNAPSHOTS, restore_fails=True)
@@ -699,8 +709,10 @@ async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(
         with trio.move_on_after(0.2) as hasty:
             await settle(backend, new_request())
         assert hasty.cancelled_caught
-        await settle(backend, new_request())
-        assert site.state() == "Running"
+        settled = await settle(backend, new_request())
+        assert (settled.resumed, settled.snapshot, site.state()) == (True, None, "Running")
+        assert settled.freeze_s is not None
+        assert settled.freeze_s > 1.5  # until it ran again
         assert len(site.requests(RESTORE)) == 2
 
 

@@ -32,7 +32,7 @@ from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.hypeman import drafts as writing
 from hypemand.backends.hypeman.documents import RUN_TAG, Guest, Kept, StrangeAnswerError, guests_of, kept_of
 from hypemand.backends.hypeman.drafts import Drafts
-from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, checked
+from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, NotRestoredError, checked
 from hypemand.backends.hypeman.listing import Listing
 from hypemand.backends.hypeman.server import Answer, NotSentError, Server
 from hypemand.backends.hypeman.settings import HypemanSettings
@@ -257,10 +257,22 @@ class HypemanBackend:
 
     async def _bring_back(self, draft: Manifest) -> None:
         with suppress(InstanceNotFound):  # then there is nothing to bring back
-            if writing.may_be_down(draft) and await self._guests.bring_back(draft.instance_id):
-                # What follows may fail, and the next settling has to know.
-                self._brought_back[draft.id] = writing.down_for_s(draft)
+            if writing.may_be_down(draft):
+                await self._restored(draft)
         await self._note_that_it_runs(draft)
+
+    async def _restored(self, draft: Manifest) -> None:
+        if await self._guests.is_down(draft.instance_id):
+            # It may take longer than anybody waits, and what follows may fail: the next settling has to know.
+            self._brought_back[draft.id] = None
+            try:
+                if not await self._guests.restore(draft.instance_id):
+                    del self._brought_back[draft.id]
+            except NotRestoredError:
+                del self._brought_back[draft.id]
+                raise
+        if draft.id in self._brought_back:
+            self._brought_back[draft.id] = writing.down_for_s(draft)
 
     async def _note_that_it_runs(self, draft: Manifest) -> None:
         """From here on a standby is somebody else's doing."""

@@ -1,11 +1,11 @@
 """Asking a Hypeman server over HTTP: requests, answers, and how little is known when one does not come."""
 
-import os
 import socket
 import ssl
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import httpx2
@@ -231,14 +231,15 @@ class Server:
             await client.aclose()
 
 
-def _trust_file(settings: HypemanSettings) -> str | None:
-    return str(settings.ca_file) if settings.ca_file is not None else ssl.get_default_verify_paths().cafile
+def _trust_file(settings: HypemanSettings) -> Path | None:
+    own = ssl.get_default_verify_paths().cafile
+    return settings.ca_file or (Path(own) if own is not None else None)
 
 
-def _state_of(path: str | None) -> FileState | None:
+def _state_of(path: Path | None) -> FileState | None:
     """What changes with the file's content. Blocking."""
     try:
-        found = os.stat(path) if path is not None else None
+        found = path.stat() if path is not None else None
     except OSError:
         return None
     return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
