@@ -191,6 +191,30 @@ async def test_a_schedule_that_hypemand_can_not_write_is_not_deleted_however_oft
         await daemon.stop()
 
 
+async def test_a_schedule_that_is_changed_after_it_was_read_is_not_deleted(tmp_path: Path) -> None:
+    path = f"/instances/{WEB}/snapshot-schedule"
+    async with moving(tmp_path) as (site, lab):
+        old, now = site.add_schedule(), site.add_schedule(interval="12h0m0s")
+        site.fault(f"GET {path}", status=200, body=old)  # read just before somebody changed it
+        ran = await bring(lab, "--take-over", "--json")
+        assert (ran.status, became(ran)[WEB]) == (
+            *(
+                1,
+                (
+                    "imported",
+                    "the server's own schedule is not deleted: it was changed there after it was read; do this again",
+                ),
+            ),
+        )
+        assert (site.has_schedule(), site.has_schedule(OTHER)) == (True, False)
+        site.fault(
+            f"GET {path}", status=200, body={**now, "next_run_at": old["next_run_at"], "last_error": "ran since"}
+        )
+        ran = await bring(lab, "--take-over", "--replace", "--json")
+        assert (ran.status, became(ran), site.has_schedule()) == (0, {WEB: ("replaced", "")}, False)
+        assert lab.schedule(WEB)["interval"] == "12h"
+
+
 async def test_a_server_that_keeps_its_schedule_is_told(tmp_path: Path) -> None:
     async with moving(tmp_path) as (site, lab):
         site.fault(
