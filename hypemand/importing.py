@@ -141,23 +141,31 @@ def _found(source: Source) -> "list[Found]":
 
 def _found_in(directory: Path) -> "list[Found]":
     """The schedules in the files of *directory*, which may be Hypeman's data directory, too."""
-    import orjson
-
-    from hypemand.backends.hypeman.schedules import Found
-
     found = []
     try:
         home = directory / SCHEDULES_DIR if (directory / SCHEDULES_DIR).is_dir() else directory
         for path in sorted(home.iterdir()):
             if path.suffix != ".json" or path.name.startswith("."):
                 continue
-            try:
-                found.append(Found(path.stem, orjson.loads(path.read_bytes())))
-            except orjson.JSONDecodeError as error:
-                found.append(Found(path.stem, problem=f"{path} is not JSON: {error}"))
+            found.append(_found_at(path))
     except OSError as error:
         raise CommandError(f"the schedules can't be read: {error.filename}: {error.strerror}") from None
     return found
+
+
+def _found_at(path: Path) -> "Found":
+    import orjson
+
+    from hypemand.backends.hypeman.schedules import Found
+
+    try:
+        if not path.is_file():  # a pipe would be waited for without an end
+            return Found(path.stem, problem="it is no file")
+        return Found(path.stem, orjson.loads(path.read_bytes()))
+    except orjson.JSONDecodeError as error:
+        return Found(path.stem, problem=f"it is not JSON: {error}")
+    except OSError as error:
+        return Found(path.stem, problem=f"its file can't be read: {error.strerror}")
 
 
 def _bring_in(options: argparse.Namespace, path: Path, config: "Config", rows: "Sequence[Row]") -> None:

@@ -370,6 +370,26 @@ async def test_files_that_are_no_good_are_told(tmp_path: Path) -> None:
         assert "nowhere: No such file" in ran.stderr
 
 
+async def test_files_that_are_none_are_told_and_the_others_are_imported(tmp_path: Path) -> None:
+    async with moving(tmp_path) as (site, lab):
+        home = site.directory / "snapshot-schedules"
+        os.mkfifo(home / "pipe.json")
+        (home / "directory.json").mkdir()
+        (home / "memory.json").symlink_to("/proc/self/mem")
+        (home / "\x1b[31mred.json").write_text("{}")
+        (home / "\x1b[31mtorn.json").write_text("{")
+        ran = await bring(lab, "--dir", home, "--json")
+        told = became(ran)
+        assert (ran.status, told.pop(WEB), told.pop(OTHER)) == (1, ("imported", ""), ("imported", ""))
+        assert {outcome for outcome, _ in told.values()} == {"refused"}
+        assert told["pipe"][1] == told["directory"][1] == "it is no file"
+        assert told["memory"][1] == "its file can't be read: Input/output error"
+        assert {*told} == {"pipe", "directory", "memory", "\x1b[31mtorn", "\x1b[31mred"}
+        ran = await bring(lab, "--dir", home)
+        assert "\\x1b[31mred" in ran.stdout
+        assert "\x1b" not in ran.stdout + ran.stderr
+
+
 # The state.
 
 
