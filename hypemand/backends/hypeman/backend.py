@@ -225,7 +225,7 @@ class HypemanBackend:
             kept = await self._listing.of_run(instance, run_id)  # the server may just have been about to be done
         doubt = self._doubt(run, guest) if draft is None and kept is None else ""
         if lost is not None or (doubt and ours):
-            raise BackendUnavailable("; ".join(filter(None, [lost and str(lost), doubt]))) from lost
+            raise BackendUnavailable("; ".join(filter(None, [str(lost or ""), doubt]))) from lost
         snapshot = await self._settle_snapshot(run, draft, kept)
         if doubt:
             _log.critical("look whether a guest was left in standby", instance_id=instance, run_id=run_id, error=doubt)

@@ -160,11 +160,14 @@ class Server:
         return True
 
     async def _new_client(self) -> httpx2.AsyncClient:
-        if self._trust is None:
-            self._trusted_file, self._trust = await self._in_thread(self._whom_to_trust)
+        trust = self._trust
+        if trust is None:
+            read = await self._in_thread(self._whom_to_trust)
+            self._trusted_file, self._trust = read
+            trust = read[1]
         # How long to wait for an answer is for whoever asks to say; and no proxy is to see the token.
         transport = httpx2.AsyncHTTPTransport(
-            verify=self._trust,
+            verify=trust,
             trust_env=False,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=16),
             socket_options=_LASTS,
@@ -231,18 +234,17 @@ class Server:
             await client.aclose()
 
 
-def _trust_file(settings: HypemanSettings) -> Path | None:
-    own = ssl.get_default_verify_paths().cafile
-    return settings.ca_file or (Path(own) if own is not None else None)
+def _trust_file(settings: HypemanSettings) -> Path:
+    return settings.ca_file or Path(ssl.get_default_verify_paths().openssl_cafile)
 
 
-def _state_of(path: Path | None) -> FileState | None:
+def _state_of(path: Path) -> FileState | None:
     """What changes with the file's content. Blocking."""
     try:
-        found = path.stat() if path is not None else None
+        found = path.stat()
     except OSError:
         return None
-    return None if found is None else (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 async def _received(client: httpx2.AsyncClient, request: httpx2.Request) -> Answer:
