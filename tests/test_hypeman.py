@@ -71,6 +71,24 @@ async def test_instances_are_those_whose_ids_can_name_a_schedule(tmp_path: Path)
         assert await backend.instances() == frozenset()
 
 
+async def test_an_instance_that_can_not_be_read_hides_no_other(tmp_path: Path, heard_log: list[EventDict]) -> None:
+    async with opened(tmp_path) as (site, backend):
+        site.add_guest("b2", state="")
+        site.add_guest("c3")
+        assert await backend.instances() == {WEB, "c3"}
+        (line,) = (line for line in heard_log if line["log_level"] == "error")
+        assert line["entry"] == "entry 1 ('b2')"
+        assert "no 'state'" in line["error"]
+
+
+async def test_a_snapshot_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await take(backend)
+        site.fault("GET /snapshots", status=200, body=[*site.snapshots(), {"id": "odd", "name": "x"}])
+        with pytest.raises(BackendUnavailable, match=r"entry 2 .'odd'.: .* no 'source_instance_id'"):
+            await backend.list_snapshots(WEB)
+
+
 async def test_a_name_and_the_beginning_of_an_id_are_no_instances(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         for given in (site.guest()["name"], WEB[:6]):

@@ -299,6 +299,14 @@ async def test_each_schedule_that_is_no_good_is_told_with_its_reason_and_the_oth
         assert "torn file (500 x)" in ran.stdout
 
 
+async def test_an_instance_that_can_not_be_read_is_told_and_the_others_are_imported(tmp_path: Path) -> None:
+    async with moving(tmp_path) as (site, lab):
+        site.add_guest("a0", state="")
+        ran = await bring(lab, "--json")
+        odd = ("refused", "the server's answer has no 'state', as a Hypeman server's would")
+        assert (ran.status, became(ran)) == (1, {**IMPORTED, "entry 1 ('a0')": odd})
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

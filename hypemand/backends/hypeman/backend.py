@@ -89,7 +89,7 @@ class HypemanBackend:
         if answer.status != 200:
             raise BackendUnavailable(f"{self.settings.url}: {answer}")
         found = set()
-        for guest in guests_of(answer.document):
+        for guest in guests_of(answer.document, _pass_over):
             with suppress(RuleBroken):
                 found.add(check_instance_id(guest.id))
         return frozenset(found)
@@ -296,6 +296,10 @@ class HypemanBackend:
     async def aclose(self) -> None:
         """Let go of connections."""
         await self.server.aclose()
+
+
+def _pass_over(entry: str, why: str) -> None:
+    _log.error("entry of the server's instances passed over", entry=entry, error=why)
 
 
 def build(name: str, settings: HypemanSettings, surroundings: Surroundings) -> HypemanBackend:

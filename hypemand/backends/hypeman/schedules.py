@@ -54,12 +54,15 @@ async def read_schedules(settings: HypemanSettings) -> list[Found]:
         if waiting.cancelled_caught:
             found.append(Found(guest.id, problem=f"no answer within {PATIENCE_S:g} s"))
 
+    def pass_over(entry: str, why: str) -> None:
+        found.append(Found(entry, problem=why))
+
     try:
         answer = await server.ask("GET", "/instances")
         if answer.status != 200:
             raise BackendUnavailable(f"{settings.url}: {answer}")
         async with trio.open_nursery() as nursery:
-            for guest in guests_of(answer.document):
+            for guest in guests_of(answer.document, pass_over):
                 nursery.start_soon(read, guest)
     finally:
         await server.aclose()
