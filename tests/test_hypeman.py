@@ -784,6 +784,33 @@ async def test_a_snapshot_that_somebody_deleted_on_the_server_is_not_listed(tmp_
         assert list(tmp_path.glob("catalog/*/[!.]*")) == []
 
 
+async def test_manifests_of_snapshots_that_are_gone_for_sure_do_not_pile_up(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        first, second, third = [await take(backend, f"run-{number}", f"nightly-{number}") for number in (1, 2, 3)]
+        files = {json.loads(file.read_text())["name"]: file for file in site.directory.glob("snapshots/*.json")}
+        kept = {name: file.read_text() for name, file in files.items()}
+        catalog = tmp_path / "catalog" / WEB
+
+        async def left() -> set[str]:
+            await backend.prepare(WEB, SnapshotKind.STANDBY)
+            return {path.name for path in catalog.iterdir()}
+
+        files[first.name].unlink()
+        gone = rf"GET /snapshots/{json.loads(kept[first.name])['id']}"
+        for unsure in ({"status": 404}, {"status": 500}, {"cut": "before", "times": 2}):
+            site.fault(gone, **unsure)
+            assert await left() == {"run-1", "run-2", "run-3"}
+        site.fault("GET /snapshots", status=200, body=[json.loads(kept[third.name])])  # it forgot to tell of one
+        assert await left() == {"run-2", "run-3"}
+        for name in (second.name, third.name):
+            files[name].unlink()
+        assert await left() == {"run-2", "run-3"}  # the server's own disk may be away
+        for name, text in kept.items():
+            files[name].write_text(text)
+        listed = await backend.list_snapshots(WEB)
+        assert {one.id: one.tags for one in listed} == {one.id: one.tags for one in (first, second, third)}
+
+
 OLD = "2026-03-09T02:00:00.123456789+01:00"
 
 

@@ -101,9 +101,10 @@ class HypemanBackend:
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:  # noqa: ARG002 - both alike
         """Which names are taken. Where the snapshots go, and how much room there is, the server alone knows."""
         await self._drafts.do(self.catalog.check)
-        taken = [kept.name for kept in await self._listing.on_server(checked(instance))]
+        there = await self._listing.on_server(checked(instance))
+        await self._listing.forget_gone(instance, there)
         warning = await self._listing.schedule_warning(instance)
-        return Preparation(taken_names=frozenset(taken), warnings=(warning,) if warning else ())
+        return Preparation(taken_names=frozenset(kept.name for kept in there), warnings=(warning,) if warning else ())
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Nothing has to be made ready, but that it is known to have been asked for nothing yet."""
