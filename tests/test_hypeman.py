@@ -594,6 +594,16 @@ async def left_in_standby(site: Site, backend: Backend) -> None:
     site.set_state("Standby")
 
 
+async def test_a_guest_is_restored_though_the_server_can_not_list_its_snapshots(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        site.fault("GET /snapshots", status=500, body={"code": "internal_error", "message": "torn record"})
+        with pytest.raises(BackendUnavailable, match="torn record"):
+            await settle(backend, new_request())
+        assert site.state() == "Running"
+        assert (await settle(backend, new_request())).resumed is True
+
+
 @pytest.mark.parametrize("found", ["away", "empty"])
 async def test_a_guest_is_restored_though_the_catalog_is_lost_meanwhile(tmp_path: Path, found: str) -> None:
     async with opened(tmp_path) as (site, backend):

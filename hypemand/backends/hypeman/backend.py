@@ -219,7 +219,12 @@ class HypemanBackend:
         with suppress(InstanceNotFound):
             guest = await self._guests.after(instance)  # the server is sure to be done with it
         draft, lost = await self._draft(instance, run_id)
-        kept = await self._listing.of_run(instance, run_id)
+        try:
+            kept = await self._listing.of_run(instance, run_id)
+        except BackendUnavailable:
+            if draft is not None:  # a guest does not wait for a list that may never come
+                await self._bring_back(draft)
+            raise
         # The server keeps a snapshot only once it has brought the guest back: down now, it is so for somebody else.
         if draft is not None and kept is None:
             await self._bring_back(draft)
@@ -236,13 +241,14 @@ class HypemanBackend:
 
     async def _draft(self, instance: InstanceId, run_id: str) -> tuple[Manifest | None, BackendUnavailable | None]:
         """The run's draft, and why the catalog does not tell. What it has lost is written anew."""
+        asked = self._asked.get(run_id)
         try:
             draft = await self._drafts.do(self.catalog.draft, instance, run_id)
-            if draft is None and (draft := self._asked.get(run_id)) is not None:
-                await self._drafts.begin(draft)
+            if draft is None and asked is not None:
+                await self._drafts.begin(asked)
         except BackendUnavailable as error:
-            return self._asked.get(run_id), error
-        return draft, None
+            return asked, error
+        return asked or draft, None
 
     def _doubt(self, run: RunStarted, guest: Guest | None) -> str:
         """What to look after where nothing tells whether the server was asked for a snapshot.
