@@ -35,6 +35,8 @@ interval = "24h"
 retention = { max_count = 3 }
 """
 DISK = "/var/lib/vms/web-1/root.raw"
+STOPPED_GUESTS = ("PrivateUsers", "AmbientCapabilities", "CapabilityBoundingSet")
+"""In the drop-in, commented out: what captures of stopped guests take."""
 
 
 def started_host(service: Service, kind: str) -> Service:
@@ -50,7 +52,11 @@ def started_host(service: Service, kind: str) -> Service:
         shutil.copy(make_disk(box.out / f"{guest}.raw"), box.path(f"/var/lib/vms/{guest}/root.raw"))
     box.sh("chown -R vm:vms /var/lib/vms; chmod -R o=,g+rX,g-w /var/lib/vms; chmod -R a+rX /opt/stand-in")
     box.sh("install -d -o hypemand -g vms -m 2710 /srv/snapshots")
-    service.drop_in((ROOT / "systemd" / "drop-ins" / f"{kind}.conf").read_text(), kind)
+    drop_in = (ROOT / "systemd" / "drop-ins" / f"{kind}.conf").read_text()
+    for key in STOPPED_GUESTS:
+        assert f"\n#{key}=" in drop_in
+        drop_in = drop_in.replace(f"\n#{key}=", f"\n{key}=")
+    service.drop_in(drop_in, kind)
     box.run("systemctl", "start", "vm")
     box.wait_until(lambda: count_in(box.path(DISK)) > 5, "web-1 counts")
     return service

@@ -89,6 +89,15 @@ async def test_an_answer_that_makes_no_sense_is_no_state(
 
 
 @both
+async def test_an_answer_without_an_end_is_not_read_for_ever(kind: str, tmp_path: Path) -> None:
+    async with running(kind, tmp_path) as (guest, backend):
+        guest.fail_look(endless=True)
+        with trio.fail_after(30), pytest.raises(BackendUnavailable, match="more than 8 MiB"):
+            await backend.state(guest.instance_id)
+        assert (await backend.state(guest.instance_id)).state is InstanceState.RUNNING
+
+
+@both
 async def test_nothing_stays_open_between_questions(kind: str, tmp_path: Path) -> None:
     async with running(kind, tmp_path) as (guest, backend):
         await backend.state(guest.instance_id)

@@ -24,6 +24,7 @@ from hypemand.backends.base import BackendError, BackendUnavailable
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Extra, InstanceId, RestoreStep, Snapshot, SnapshotKind
 from hypemand.core.structure import new_converter, structure
+from hypemand.core.utf8 import as_utf8
 
 MARKER = ".hypemand-catalog"
 MANIFEST = "manifest.json"
@@ -141,7 +142,10 @@ class Catalog:
         self.check()
         partial = self.partial(instance, snapshot_id)
         shutil.rmtree(partial, ignore_errors=True)
-        self._make(partial.parent)
+        if partial.parent.is_dir():
+            self._let_in(partial.parent)
+        else:
+            self._make(partial.parent)
         partial.mkdir(mode=self.mode & 0o777)
         self._open_up(partial)
         return partial
@@ -151,8 +155,30 @@ class Catalog:
             directory.mkdir(mode=self.mode & 0o777, parents=True, exist_ok=True)
             self._open_up(directory)
 
+    def _let_in(self, directory: Path) -> None:
+        """Open *directory*, if it is ours, to whom it was not open when it was made. It is closed to nobody."""
+        status = directory.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid != os.geteuid():
+            return
+        self._give_to_group(directory)
+        if mode & self.mode & 0o777 == self.mode & 0o777:
+            return
+        try:
+            directory.chmod(mode | self.mode)
+        except PermissionError:  # the service's sandbox forbids to set that bit
+            if mode & stat.S_ISGID:
+                raise
+            directory.chmod((mode | self.mode) & 0o777)
+
     def _open_up(self, directory: Path) -> None:
         """For a hypervisor that runs as another user."""
+        self._give_to_group(directory)
+        # The service's sandbox forbids to set the bit by which a directory hands on its group; it is handed on itself.
+        if stat.S_IMODE(directory.stat().st_mode) not in (self.mode, self.mode | stat.S_ISGID):
+            directory.chmod(self.mode)
+
+    def _give_to_group(self, directory: Path) -> None:
         if self.group is not None:
             try:
                 shutil.chown(directory, group=int(self.group) if self.group.isdecimal() else self.group)
@@ -161,9 +187,6 @@ class Catalog:
             except OSError:  # in a user namespace a directory can have the group of the one above alone
                 if not directory.stat().st_mode & stat.S_ISGID:
                     raise
-        # The service's sandbox forbids to set the bit by which a directory hands on its group; it is handed on itself.
-        if stat.S_IMODE(directory.stat().st_mode) not in (self.mode, self.mode | stat.S_ISGID):
-            directory.chmod(self.mode)
 
     def home(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a complete snapshot lives."""
@@ -188,7 +211,7 @@ class Catalog:
     def write_manifest(self, manifest: Manifest) -> None:
         """Write the manifest of the snapshot that `begin` began."""
         path = self.partial(manifest.instance_id, manifest.id) / MANIFEST
-        data = orjson.dumps(_CONVERTER.unstructure(manifest), option=orjson.OPT_INDENT_2)
+        data = orjson.dumps(as_utf8(_CONVERTER.unstructure(manifest)), option=orjson.OPT_INDENT_2)
         new = path.with_suffix(".new")
         new.write_bytes(data + b"\n")
         new.replace(path)

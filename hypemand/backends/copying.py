@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import trio
 from attrs import frozen
@@ -25,7 +26,16 @@ _FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _NO_COPY_FILE_RANGE = frozenset({errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM})
 
 
-async def copy_file(source: Path, target: Path, *, rate: int | None = None, meter: Meter | None = None) -> int:
+class Opened(Protocol):
+    """A file that is open, for as long as this is referred to."""
+
+    def fileno(self) -> int:
+        """Its descriptor."""
+
+
+async def copy_file(
+    source: Path, target: Path, *, rate: int | None = None, meter: Meter | None = None, opened: Opened | None = None
+) -> int:
     """Copy *source* to *target*, a new file of mode 0600. Holes stay holes.
 
     Cancellation passes at once, even where the filesystem hangs: the thread
@@ -36,13 +46,15 @@ async def copy_file(source: Path, target: Path, *, rate: int | None = None, mete
         rate: Bytes per second at most, above zero; then nothing is reflinked. None: as fast as it goes.
         meter: Its ``done_bytes`` grows by what has been copied, up to `data_bytes` of *source* together.
 
+        opened: What is copied, where *source* is but the name that it had.
+
     Returns:
         The size in bytes, holes included.
 
     Raises:
         CaptureFailed: With the reason of the filesystem; *target* is left as it is then.
     """
-    copy = _Copy(source, target, rate, meter or Meter(), threading.Event())
+    copy = _Copy(source, target, rate, meter or Meter(), opened, threading.Event())
     try:
         return await trio.to_thread.run_sync(
             copy.run,
@@ -74,11 +86,14 @@ class _Copy:
     target: Path
     rate: int | None
     meter: Meter
+    opened: Opened | None
     stop: threading.Event
 
     def run(self) -> int:
         try:
-            with _opened(self.source, os.O_RDONLY) as reader:
+            # By the descriptor's name: it is opened anew, with an offset of its own.
+            source = self.source if self.opened is None else Path(f"/proc/self/fd/{self.opened.fileno()}")
+            with _opened(source, os.O_RDONLY) as reader:
                 self._check()
                 with _opened(self.target, os.O_WRONLY | os.O_CREAT | os.O_EXCL) as writer:
                     return self._copy(reader, writer)

@@ -12,14 +12,15 @@ from typing import Any
 
 from attrs import evolve, frozen
 
-from hypemand.backends.base import BackendType, Surroundings
-from hypemand.backends.templates import misplaced
+from hypemand.backends.base import BackendType, BackendUnavailable, Surroundings
+from hypemand.backends.templates import filled, misplaced, named_by
 from hypemand.backends.vmm.backend import VmmBackend, build
 from hypemand.backends.vmm.client import Client
 from hypemand.backends.vmm.dialect import Drive, Identity, Look, Machine, table, tables
+from hypemand.backends.vmm.handles import held_below
 from hypemand.backends.vmm.settings import VmmSettings
 from hypemand.core.errors import RuleBroken
-from hypemand.core.model import InstanceState, RestoreAction, RestoreStep
+from hypemand.core.model import InstanceId, InstanceState, RestoreAction, RestoreStep
 
 MEMORY, STATE = "memory", "state"
 _FULL = "Full"
@@ -47,6 +48,17 @@ class FirecrackerSettings(VmmSettings):
     chroot: Path | None = None
     snapshot_type: str = _FULL
 
+    def disks_of(self, instance: InstanceId) -> list[Path]:
+        """Files that fit the patterns. Below the chroot links lead to where they lead for Firecracker. Blocking.
+
+        Raises:
+            BackendUnavailable: A link leads out of there, or nowhere.
+        """
+        if self.chroot is None:
+            return super().disks_of(instance)
+        root = filled(self.chroot, instance)
+        return list(dict.fromkeys(_below(root, path) for path in named_by(self.disks, instance)))
+
     def _broken(self) -> list[RuleBroken]:
         broken = super()._broken()
         if self.chroot is not None:
@@ -64,6 +76,18 @@ class FirecrackerSettings(VmmSettings):
         return broken
 
 
+def _below(root: Path, path: Path) -> Path:
+    if not path.is_relative_to(root):
+        return path.resolve()
+    try:
+        return held_below(root, str(path.relative_to(root)))[1]
+    except OSError as error:
+        raise BackendUnavailable(
+            f"{path} is a link, or below one, that leads out of {root}, or nowhere ({error.strerror}):"
+            " a guest's disks have to be inside its chroot"
+        ) from error
+
+
 @frozen
 class Firecracker:
     """Follows `hypemand.backends.vmm.dialect.Dialect`."""
@@ -71,6 +95,14 @@ class Firecracker:
     type_name: str = "firecracker"
     title: str = "Firecracker"
     saved: tuple[str, ...] = (MEMORY, STATE)
+    memory_file: str = MEMORY
+    documents: tuple[str, ...] = ()
+    knows_qcow2: bool = False
+
+    def why_no_qcow2(self, version: str) -> str | None:
+        """It has none."""
+        del version
+        return None
 
     async def look(self, client: Client) -> Look:
         """By the instance info."""
@@ -125,6 +157,13 @@ def _machine(config: Mapping[str, Any]) -> Machine:
     return Machine(
         drives=(*map(_drive, tables(config.get("drives"))), *map(_pmem, tables(config.get("pmem")))),
         memory_bytes=mebibytes * _MIB,
+        least_memory_bytes=(size if isinstance(size, int) else 0) * _MIB,
+        refusals=tuple(
+            f"drive {drive.get('drive_id')} is served by another process (vhost-user): Firecracker makes no"
+            " snapshots of it. Attach it by its path"
+            for drive in tables(config.get("drives"))
+            if drive.get("socket")
+        ),
         warnings=(_TRACKED,) if table(config.get("machine-config")).get("track_dirty_pages") else (),
     )
 

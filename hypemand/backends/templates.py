@@ -34,13 +34,16 @@ def filled(template: Path, instance: InstanceId) -> Path:
 
 def files_of(templates: Iterable[Path], instance: InstanceId) -> list[Path]:
     """Files that fit *templates* for *instance*, links resolved, in the order of patterns and names. Blocking."""
-    found: dict[Path, None] = {}
+    return list(dict.fromkeys(path.resolve() for path in named_by(templates, instance)))
+
+
+def named_by(templates: Iterable[Path], instance: InstanceId) -> Iterator[Path]:
+    """The same, links and all. Blocking."""
     for template in templates:
         # Path.glob takes no absolute patterns.
-        for path in sorted(glob.glob(str(filled(template, instance)))):  # noqa: PTH207
-            if not Path(path).is_dir():
-                found[Path(path).resolve()] = None
-    return list(found)
+        for path in map(Path, sorted(glob.glob(str(filled(template, instance))))):  # noqa: PTH207
+            if not path.is_dir():
+                yield path
 
 
 def find_instances(socket: Path, disks: Iterable[Path]) -> frozenset[InstanceId]:

@@ -8,6 +8,7 @@ import orjson
 from hypemand.core.errors import HypemandError, InvalidInput, Problem
 from hypemand.core.model import InstanceId, RunFinished, RunStarted, Schedule
 from hypemand.core.structure import new_converter, structure
+from hypemand.core.utf8 import as_utf8
 
 FORMAT = 1
 _FILES = new_converter()
@@ -110,15 +111,7 @@ def to_json(document: Any, option: int = 0) -> bytes:
     try:
         return orjson.dumps(document, option=option)
     except orjson.JSONEncodeError:  # an error that names a file whose name is not UTF-8
-        return orjson.dumps(_as_utf8(document), option=option)
-
-
-def _as_utf8(value: Any) -> Any:
-    if isinstance(value, str):
-        return value.encode(errors="backslashreplace").decode()
-    if isinstance(value, dict):
-        return {_as_utf8(key): _as_utf8(one) for key, one in value.items()}
-    return [_as_utf8(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return orjson.dumps(as_utf8(document), option=option)
 
 
 def _json_object(data: bytes) -> dict[str, Any]:

@@ -54,6 +54,8 @@ class CloudHypervisor:
         disks = self.config["disks"] or []
         writable = [disk["path"] for disk in disks if not disk["readonly"] and disk.get("path")]
         self.machine = Machine(self.config["memory"]["size"], writable, self.options.tick_s)
+        for pmem in self.config.get("pmem") or []:
+            self.machine.hold(pmem["file"])
         if self.options.locks:
             self.locks = [self._locked(path) for path in writable]
 
@@ -89,7 +91,8 @@ class CloudHypervisor:
         return self._refused(what, f"Cannot {what}: Invalid transition: InvalidStateTransition({self.state}, {to})")
 
     def get_vmm_ping(self, _: Any) -> Answer:
-        return 200, {"build_version": "v51.1", "version": "51.1", "pid": os.getpid(), "features": ["kvm"]}
+        version = self.options.version
+        return 200, {"build_version": f"v{version}", "version": version, "pid": os.getpid(), "features": ["kvm"]}
 
     def get_vm_info(self, _: Any) -> Answer:
         if self.machine is None:
@@ -137,5 +140,7 @@ class CloudHypervisor:
         return 204, None
 
     def put_vm_add_disk(self, body: Any) -> Answer:
+        assert self.machine is not None
+        self.machine.hold(body["path"])
         self.config["disks"].append({"readonly": False, "id": f"_disk{len(self.config['disks'])}", **body})
         return 204, None

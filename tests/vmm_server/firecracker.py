@@ -50,6 +50,8 @@ class Firecracker:
         writable = [self._host(d["path_on_host"]) for d in self.config["drives"] if not d["is_read_only"]]
         size = self.config["machine-config"]["mem_size_mib"] * MIB
         self.machine = Machine(size, writable, self.options.tick_s)
+        for pmem in self.config.get("pmem") or []:
+            self.machine.hold(self._host(pmem["path_on_host"]))
 
     def _host(self, path: str) -> str:
         return f"{self.options.chroot}/{path.lstrip('/')}" if self.options.chroot else path

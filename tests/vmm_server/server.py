@@ -10,6 +10,7 @@ a list of what goes wrong with which request (see `Fault`).
 
 import json
 import os
+import resource
 import selectors
 import signal
 import socket
@@ -37,6 +38,8 @@ class Options:
         chroot: Where its paths are below (Firecracker).
         config: Taken over into the guest's configuration.
         user: Runs as this user and group.
+        fsize: Writes no larger files: beyond it the kernel ends the process.
+        version: Says that it is this one (Cloud Hypervisor).
     """
 
     def __init__(self, given: dict[str, Any], restore: str | None) -> None:
@@ -52,6 +55,8 @@ class Options:
         self.chroot: str | None = given.get("chroot")
         self.config: dict[str, Any] = given.get("config", {})
         self.user: int | None = given.get("user")
+        self.fsize: int | None = given.get("fsize")
+        self.version: str = given.get("version", "51.1")
         self.restore = restore
 
 
@@ -68,6 +73,7 @@ class Fault:
         cut: The connection ends: "before" it is served, "after", or within the "answer".
         close: It ends after a whole answer.
         huge: So many bytes of answer.
+        endless: An answer that goes on until nobody takes it any more.
     """
 
     def __init__(self, given: dict[str, Any]) -> None:
@@ -81,8 +87,10 @@ class Fault:
         self.cut: str | None = given.get("cut")
         self.close: bool = given.get("close", False)
         self.huge: int = given.get("huge", 0)
+        self.endless: bool = given.get("endless", False)
 
 
+CHUNK = b"10000\r\n" + b"x" * 0x10000 + b"\r\n"
 NOTHING = Fault({"request": "", "times": 0})
 
 
@@ -158,10 +166,14 @@ class Server:
         data = answer_of(status, "x" * fault.huge if fault.huge else content)
         if fault.raw is not None:
             data = fault.raw.encode()
+        if fault.endless:
+            data = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
         if fault.cut == "answer":
             data = data[: len(data) // 2]
         try:
             connection.sendall(data)
+            while fault.endless:
+                connection.sendall(CHUNK)
         except OSError:
             self.close(connection)
             return
@@ -217,6 +229,9 @@ def main() -> None:
     kind, given, *others = sys.argv[1:]
     restore = others[1] if others[:1] == ["--restore"] else None
     options = Options(json.loads(given), restore)
+    if options.fsize is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options.fsize, options.fsize))
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
     if options.user is not None:
         os.setgroups([])
         os.setgid(options.user)

@@ -25,6 +25,7 @@ from hypemand.backends.vmm.dialect import Dialect
 from hypemand.backends.vmm.guests import Guests, checked
 from hypemand.backends.vmm.preparing import Preparing
 from hypemand.backends.vmm.settings import VmmSettings, absolute, connection
+from hypemand.backends.vmm.thawing import thaw
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
 
 _log = structlog.get_logger()
@@ -35,7 +36,8 @@ class VmmBackend:
     """Guests of one kind of VMM. See `hypemand.backends.base.Backend` for every method's promise.
 
     A VMM keeps no mark of whose pause it is. Within one process it is known;
-    after a crash, `settle` goes by its argument *ours*.
+    after a crash, `settle` goes by its argument *ours*, and by which process
+    the VMM is (`hypemand.backends.vmm.origin`).
     """
 
     name: str
@@ -116,28 +118,18 @@ class VmmBackend:
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
         """Thaw first; then look at the catalog. A partial snapshot is never complete here."""
         # The guest comes first: it has to run again even where the catalog is not there.
-        if run.freezes is Freezer.ENGINE and await self._thaw(run, ours=ours):
-            _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
-            self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
+        notes: tuple[str, ...] = ()
+        if run.freezes is Freezer.ENGINE:
+            thawed = await thaw(self.guests, self._capturing, run, ours=ours)
+            notes = thawed.notes
+            if thawed.resumed:
+                _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
+                self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
         snapshot = await self.guests.in_thread(self._settle_snapshot, run)
-        self._capturing.forget(run.instance_id)
+        await self._capturing.forget(run.instance_id)
         resumed = run.run_id in self._found_frozen
         self._found_frozen.discard(run.run_id)
-        return Settled(snapshot, resumed=resumed)
-
-    async def _thaw(self, run: RunStarted, *, ours: bool) -> bool:
-        """Its answer means that the VMM is done with what the run asked of it."""
-        client = self.guests.client(run.instance_id)
-        try:
-            look = await self.guests.dialect.look(client)
-        except SocketAbsent as absent:
-            if not client.has_ended():
-                await self.guests.files_of_stopped(run.instance_id, absent)
-            return False
-        if look.state is not InstanceState.PAUSED or not ours:
-            return False
-        await self._capturing.resume(run.instance_id)
-        return True
+        return Settled(snapshot, resumed=resumed, notes=notes)
 
     def _settle_snapshot(self, run: RunStarted) -> Snapshot | None:
         # In this order: what can't be discarded any more has been published.

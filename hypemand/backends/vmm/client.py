@@ -9,7 +9,6 @@ import contextlib
 import errno
 import importlib
 import os
-import select
 import socket as sockets
 import struct
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -22,12 +21,12 @@ import trio
 from attrs import define, field, frozen
 
 from hypemand.backends.base import BackendUnavailable
+from hypemand.backends.vmm import processes
+from hypemand.backends.vmm.place import Place, new_http, place_of
 
 if TYPE_CHECKING:
     import httpx2
 
-AT_ONCE = 4
-"""Connections to one VMM: both take ten in all, and refuse others."""
 MOST_BYTES = 8 << 20
 """No answer of a VMM is longer than that."""
 SAID_CHARS = 600
@@ -61,11 +60,29 @@ class Refused(BackendUnavailable):
 
 @frozen
 class Peer:
-    """The process that listens, as the kernel tells it of the socket; ids as they are seen from here."""
+    """The process that listens, as the kernel tells it of the socket; ids as they are seen from here.
+
+    Attributes:
+        started: When it began, in clock ticks after boot; None where that is not seen.
+    """
 
     pid: int
     uid: int
     gid: int
+    started: int | None = None
+
+    @property
+    def is_known(self) -> bool:
+        """Whether it is told apart from others. The first process of all only passes sockets on."""
+        return self.pid > 1
+
+    def lives(self) -> bool:
+        """Whether it is there, as far as that can be told."""
+        return processes.lives(self.pid, self.started)
+
+    def is_same(self, other: "Peer") -> bool:
+        """Whether *other* is this process, and not a later one with its number."""
+        return self.pid == other.pid and (None in (self.started, other.started) or self.started == other.started)
 
 
 @define(eq=False)
@@ -73,20 +90,42 @@ class Client:
     """Asks the VMM at *socket*.
 
     Attributes:
+        root: The VMM's root directory, where that is not ours: no link leads out of it.
         peer: Who listens there; known once an answer has come.
     """
 
     socket: Path
+    root: Path | None = None
     peer: Peer | None = field(init=False, default=None)
     _http: "httpx2.AsyncClient | None" = field(init=False, default=None)
+    _held: Place | None = field(init=False, default=None)
+    _is_imported: bool = field(init=False, default=False)
 
     def has_ended(self) -> bool:
         """Whether the process that gave the last answer is known to be no more."""
-        return self.peer is not None and not _exists(self.peer.pid)
+        return self.peer is not None and not self.peer.lives()
 
     def is_alive(self) -> bool:
-        """Whether that process is there, whatever has become of its socket. The first one only passes sockets on."""
-        return self.peer is not None and self.peer.pid > 1 and _exists(self.peer.pid)
+        """Whether that process is there, whatever has become of its socket."""
+        return self.peer is not None and self.peer.is_known and self.peer.lives()
+
+    async def hold(self) -> None:
+        """From now on ask whoever listens now, whatever becomes of the socket's path.
+
+        So a guest is resumed by the VMM that has paused it, also where
+        somebody moves or removes its socket, or starts another VMM there.
+
+        Raises:
+            BackendUnavailable: There is no such socket.
+        """
+        await self.let_go()
+        self._held = await self._place()
+
+    async def let_go(self) -> None:
+        """Ask whoever listens at the path."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            await held.end()
 
     async def get(self, path: str) -> Any:
         """What *path* has, as JSON. Asked twice where the connection breaks: asking changes nothing."""
@@ -115,6 +154,7 @@ class Client:
 
     async def aclose(self) -> None:
         """Close what is open."""
+        await self.let_go()
         if self._http is not None:
             http, self._http = self._http, None
             with trio.CancelScope(shield=True):  # nothing of it waits for the other side
@@ -135,77 +175,57 @@ class Client:
         raw = stream.get_extra_info("socket").getsockopt(
             sockets.SOL_SOCKET, sockets.SO_PEERCRED, struct.calcsize(format_)
         )
-        self.peer = Peer(*struct.unpack(format_, raw))
+        pid, uid, gid = struct.unpack(format_, raw)
+        self.peer = Peer(pid, uid, gid, processes.started_of(pid))
 
     @asynccontextmanager
     async def _asking(self) -> AsyncIterator["httpx2.AsyncClient"]:
-        """Each request connects anew: to whoever listens there now, and a thousand guests hold no thousand sockets."""
-        if self._http is None:
-            await trio.to_thread.run_sync(importlib.import_module, "httpx2")  # a tenth of a second, once
-        if len(os.fsencode(self.socket)) > LONGEST_PATH:
-            async with _reached_by_directory(self.socket) as http:
+        """Each request connects anew, so that a thousand guests hold no thousand sockets."""
+        if self._held is not None:
+            async with self._held.in_use() as http:
                 yield http
-            return
-        self._http = self._http or _new_http(str(self.socket))
-        yield self._http
+        elif self.root is not None or len(os.fsencode(self.socket)) > LONGEST_PATH:
+            place = await self._place()
+            try:
+                async with place.in_use() as http:
+                    yield http
+            finally:
+                await place.end()
+        else:
+            await self._import_http()
+            self._http = self._http or new_http(str(self.socket))
+            yield self._http
 
+    async def _place(self) -> Place:
+        await self._import_http()
+        try:
+            return place_of(self.socket, self.root)
+        except OSError as error:
+            raise _no_answer(self.socket, error) from error
 
-@asynccontextmanager
-async def _reached_by_directory(socket: Path) -> AsyncIterator["httpx2.AsyncClient"]:
-    """For a path that is too long for a socket."""
-    try:
-        directory = os.open(socket.parent, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise _no_answer(socket, error) from error
-    try:
-        async with _new_http(f"/proc/self/fd/{directory}/{socket.name}") as http:
-            yield http
-    finally:
-        os.close(directory)
-
-
-def _exists(process: int) -> bool:
-    """Whether there is such a process, and not just what is left of one. What can't be told may be there."""
-    try:
-        descriptor = os.pidfd_open(process)
-    except ProcessLookupError:
-        return False
-    except OSError:  # of another namespace: it has no number here
-        return True
-    try:
-        ended = select.poll()
-        ended.register(descriptor, select.POLLIN)
-        return not ended.poll(0)
-    finally:
-        os.close(descriptor)
-
-
-def _new_http(path: str) -> "httpx2.AsyncClient":
-    import httpx2  # not for commands that ask no VMM
-
-    transport = httpx2.AsyncHTTPTransport(
-        uds=path,
-        verify=False,  # there is no TLS on a unix socket, and certificates take time to load
-        limits=httpx2.Limits(max_connections=AT_ONCE, max_keepalive_connections=0),
-    )
-    return httpx2.AsyncClient(
-        transport=transport,
-        base_url="http://localhost",
-        headers={"Accept": "application/json", "Accept-Encoding": "identity"},
-        timeout=None,  # that is the caller's
-        trust_env=False,
-    )
+    async def _import_http(self) -> None:
+        if not self._is_imported:
+            await trio.to_thread.run_sync(importlib.import_module, "httpx2")  # a tenth of a second, once
+            self._is_imported = True
 
 
 async def _read(response: "httpx2.Response", socket: Path) -> bytes:
+    import httpx2
+
     announced = response.headers.get("Content-Length", "0")
     too_long = not announced.isdecimal() or int(announced) > MOST_BYTES
     data = bytearray()
-    if not too_long:
-        async for chunk in response.aiter_raw():  # to its end: broken off, its connection would not be closed in order
-            if len(data) <= MOST_BYTES:
+    try:
+        if not too_long:
+            async for chunk in response.aiter_raw():
                 data += chunk
-    if too_long or len(data) > MOST_BYTES:
+                if len(data) > MOST_BYTES:
+                    too_long = True  # an answer may never end; left to its end it is, but by that of its connection
+                    await response.extensions["network_stream"].aclose()
+    except httpx2.HTTPError:
+        if not too_long:
+            raise
+    if too_long:
         raise BackendUnavailable(f"{socket} gives an answer of more than {MOST_BYTES >> 20} MiB: is that a VMM?")
     return bytes(data)
 

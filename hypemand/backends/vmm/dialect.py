@@ -33,11 +33,13 @@ class Drive:
         name: The VMM's.
         path: As the VMM was told, which may see it elsewhere than we do; None where it is none of its files.
         read_only: The guest can't write to it.
+        may_be_qcow2: Where it looks like one; of any other disk the guest may have written what looks like one.
     """
 
     name: str
     path: str | None
     read_only: bool = False
+    may_be_qcow2: bool = False
 
 
 @frozen
@@ -46,14 +48,18 @@ class Machine:
 
     Attributes:
         memory_bytes: What its saved memory takes at most.
+        least_memory_bytes: What it takes at least.
         refusals: Why a snapshot of it could not be restored, or would harm the guest; each says what to do.
         warnings: What a snapshot of it lacks.
+        may_write: Directories and files that the VMM may write to, and no others; None: as its user's rights have it.
     """
 
     drives: tuple[Drive, ...]
     memory_bytes: int
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    least_memory_bytes: int = 0
+    may_write: tuple[str, ...] | None = None
 
 
 @frozen
@@ -78,6 +84,21 @@ class Dialect(Protocol):
     @property
     def saved(self) -> Sequence[str]:
         """Files that each snapshot by this VMM has."""
+
+    @property
+    def memory_file(self) -> str:
+        """That of them which has the memory."""
+
+    @property
+    def documents(self) -> Sequence[str]:
+        """Those of them that are JSON."""
+
+    @property
+    def knows_qcow2(self) -> bool:
+        """Whether disks of its guests may be images of that kind."""
+
+    def why_no_qcow2(self, version: str) -> str | None:
+        """Why a disk of that kind can't be copied while the guest of a VMM of that *version* is paused, or None."""
 
     async def look(self, client: Client) -> Look:
         """How the guest is."""

@@ -1,7 +1,6 @@
 """How the guests of one backend are reached, and where their files are."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,8 +16,10 @@ from hypemand.backends.templates import filled
 from hypemand.backends.vmm.client import Client, SocketAbsent
 from hypemand.backends.vmm.dialect import Dialect
 from hypemand.backends.vmm.disks import locked
+from hypemand.backends.vmm.leftovers import PREFIX, remove
 from hypemand.backends.vmm.rights import Writer, group_id
 from hypemand.backends.vmm.settings import VmmSettings
+from hypemand.backends.vmm.using import use_of
 from hypemand.backends.vmm.views import View
 from hypemand.core.errors import RuleBroken
 from hypemand.core.model import InstanceId
@@ -48,7 +49,7 @@ class Guests:
     def client(self, instance: InstanceId) -> Client:
         """What asks the VMM of *instance*."""
         if instance not in self._clients:
-            self._clients[instance] = Client(self.settings.socket_of(checked(instance)))
+            self._clients[instance] = Client(self.settings.socket_of(checked(instance)), self.chroot_of(instance))
         return self._clients[instance]
 
     def chroot_of(self, instance: InstanceId) -> Path | None:
@@ -66,18 +67,22 @@ class Guests:
     def saving(self, instance: InstanceId, run_id: str) -> Path:
         """The directory that the VMM writes into for a run: in the snapshot, or where it can get to."""
         chroot = self.chroot_of(instance)
-        return self.catalog.partial(instance, run_id) / SAVED if chroot is None else chroot / f".hypemand-{run_id}"
+        return self.catalog.partial(instance, run_id) / SAVED if chroot is None else chroot / f"{PREFIX}{run_id}"
 
     def drop_saving(self, instance: InstanceId, run_id: str) -> None:
-        """Remove that directory where it is no part of the snapshot. Blocking."""
+        """Remove that directory where it is no part of the snapshot. Blocking.
+
+        Raises:
+            OSError: It is still there, with the guest's memory in it.
+        """
         if self.chroot is not None:
-            shutil.rmtree(self.saving(instance, run_id), ignore_errors=True)
+            remove(self.saving(instance, run_id))
 
     async def files_of_stopped(self, instance: InstanceId, absent: SocketAbsent) -> list[Path]:
         """The disks of a guest at whose socket nobody listens. Without any, nothing is known of it.
 
         Raises:
-            BackendUnavailable: There are none, or its VMM runs all the same.
+            BackendUnavailable: There are none, or its VMM runs all the same, or may do so.
         """
         client = self.client(instance)
         if client.peer is not None and client.is_alive():
@@ -86,11 +91,23 @@ class Guests:
         if used := await self.in_thread(locked, files):
             raise BackendUnavailable(f"{absent}; but a process has locked {', '.join(used)}") from absent
         if files:
+            await self._check_unused(files, absent)
             return files
         if not self.settings.disks:
             raise absent
         patterns = ", ".join(map(str, self.settings.disks))
         raise BackendUnavailable(f"{absent}; and no disk fits {patterns}: is a filesystem not mounted?") from absent
+
+    async def _check_unused(self, files: list[Path], absent: SocketAbsent) -> None:
+        """No answer is no proof that a guest is stopped: its socket may have been removed."""
+        use = await self.in_thread(use_of, files)
+        if use.written:
+            raise BackendUnavailable(f"{absent}; but a process has {', '.join(use.written)} open for writing")
+        if use.untold:
+            raise BackendUnavailable(
+                f"{absent}; whether a process has {', '.join(use.untold)} open for writing can't be told: the kernel"
+                " tells it the owner of the file, and root (CAP_LEASE; for block devices CAP_SYS_PTRACE)"
+            )
 
     # Threads of its own: a hung filesystem below this catalog stops no other backend.
 

@@ -12,7 +12,7 @@ _TRIED_BYTES = 1 << 20
 def can_reflink(file: Path, directory: Path) -> bool:
     """Whether a copy of *file* in *directory* would share its data. Tried with a file that has no name."""
     try:
-        reader = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
+        reader = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOFOLLOW)
         try:
             writer = os.open(directory, os.O_WRONLY | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
             try:

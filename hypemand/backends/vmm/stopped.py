@@ -4,6 +4,9 @@ That is told by its socket, by locks, and by the files themselves, before the
 copy and after it.
 """
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, CaptureRequest
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm.client import SocketAbsent
@@ -28,7 +31,7 @@ async def copy_stopped(guests: Guests, instance: InstanceId, request: CaptureReq
     found = await _unused_disks(guests, instance)
     signs = await guests.in_thread(files.signs_of, found)
     partial = await guests.in_thread(begun, guests, instance, request)
-    sizes = await files.copy_disks(found, partial / DISKS, request.meter, None)
+    sizes = await files.copy_disks(found, partial / DISKS, request.meter)
     if signs != await guests.in_thread(files.signs_of, found):
         raise CaptureFailed("a disk was written to while it was copied: something uses the disks of this guest")
     try:
@@ -45,4 +48,10 @@ async def _unused_disks(guests: Guests, instance: InstanceId) -> tuple[Disk, ...
         paths = await guests.files_of_stopped(instance, absent)
     else:
         raise CaptureFailed(f"instance is {look} now, it was Stopped when its run began")
-    return await guests.in_thread(lambda: tuple(map(files.read_disk, paths)))
+    return await guests.in_thread(read_disks, guests, instance, paths)
+
+
+def read_disks(guests: Guests, instance: InstanceId, paths: Iterable[Path]) -> tuple[Disk, ...]:
+    """The disks at *paths*, which the settings lead to. Blocking."""
+    root, qcow2 = guests.chroot_of(instance), guests.dialect.knows_qcow2
+    return tuple(files.read_disk(path, root=root, qcow2=qcow2) for path in paths)
