@@ -53,10 +53,11 @@ def import_hypeman(options: argparse.Namespace) -> int:
         return tell_problems(path, problems)
     backend = _backend(options, config)
     source = _source(options, config, backend)
-    rows = [read_row(found, backend) for found in _found(source)]
+    found = _found(source)
+    rows = [read_row(one, backend) for one in found]
     _bring_in(options, path, config, rows)
     if options.take_over:
-        _take_over(source, rows, dry_run=options.dry_run)
+        _take_over(source, found, rows, dry_run=options.dry_run)
     if options.json:
         print_json(import_document(rows, source=source.name, backend=backend, dry_run=options.dry_run))
     elif rows:
@@ -140,23 +141,31 @@ def _found(source: Source) -> "list[Found]":
 
 def _found_in(directory: Path) -> "list[Found]":
     """The schedules in the files of *directory*, which may be Hypeman's data directory, too."""
-    import orjson
-
-    from hypemand.backends.hypeman.schedules import Found
-
     found = []
     try:
         home = directory / SCHEDULES_DIR if (directory / SCHEDULES_DIR).is_dir() else directory
         for path in sorted(home.iterdir()):
             if path.suffix != ".json" or path.name.startswith("."):
                 continue
-            try:
-                found.append(Found(path.stem, orjson.loads(path.read_bytes())))
-            except orjson.JSONDecodeError as error:
-                found.append(Found(path.stem, problem=f"{path} is not JSON: {error}"))
+            found.append(_found_at(path))
     except OSError as error:
         raise CommandError(f"the schedules can't be read: {error.filename}: {error.strerror}") from None
     return found
+
+
+def _found_at(path: Path) -> "Found":
+    import orjson
+
+    from hypemand.backends.hypeman.schedules import Found
+
+    try:
+        if not path.is_file():  # a pipe would be waited for without an end
+            return Found(path.stem, problem="it is no file")
+        return Found(path.stem, orjson.loads(path.read_bytes()))
+    except orjson.JSONDecodeError as error:
+        return Found(path.stem, problem=f"it is not JSON: {error}")
+    except OSError as error:
+        return Found(path.stem, problem=f"its file can't be read: {error.strerror}")
 
 
 def _bring_in(options: argparse.Namespace, path: Path, config: "Config", rows: "Sequence[Row]") -> None:
@@ -237,7 +246,7 @@ def _refuse_to_write_for_another(state_dir: Path) -> None:
         raise CommandError(f"{state_dir} belongs to another user, as whom hypemand runs: start it, then do this again")
 
 
-def _take_over(source: Source, rows: "Sequence[Row]", *, dry_run: bool) -> None:
+def _take_over(source: Source, found: "Sequence[Found]", rows: "Sequence[Row]", *, dry_run: bool) -> None:
     """Have the server delete its own schedules that hypemand has by now, durably."""
     import trio
 
@@ -246,7 +255,8 @@ def _take_over(source: Source, rows: "Sequence[Row]", *, dry_run: bool) -> None:
 
     assert source.server is not None
     ours = {row.instance_id: row for row in rows if row.is_ours}
-    problems = {} if dry_run else trio.run(delete_schedules, source.server, [*ours])
+    read = {one.instance_id: one.document for one in found if one.instance_id in ours}
+    problems = {} if dry_run else trio.run(delete_schedules, source.server, read)
     for instance, row in ours.items():
         row.taken_over = instance not in problems
         if instance in problems:

@@ -204,7 +204,8 @@ class Way:
     async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
         listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
         self.port = listeners[0].socket.getsockname()[1]
-        await trio.serve_listeners(self._carry, listeners, task_status=task_status)
+        task_status.started()
+        await trio.serve_listeners(self._carry, listeners)
 
     async def _carry(self, client: trio.SocketStream) -> None:
         silent = trio.Event()

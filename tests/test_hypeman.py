@@ -7,9 +7,11 @@ import re
 import shutil
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -31,7 +33,8 @@ from hypemand.backends.base import (
     Surroundings,
     Unsupported,
 )
-from hypemand.backends.hypeman import holding
+from hypemand.backends.hypeman import holding, tokens
+from hypemand.backends.hypeman.backend import HypemanBackend
 from hypemand.backends.hypeman.documents import kept_of
 from hypemand.backends.hypeman.drafts import way_back
 from hypemand.backends.hypeman.server import Server
@@ -66,6 +69,24 @@ async def test_instances_are_those_whose_ids_can_name_a_schedule(tmp_path: Path)
         assert await backend.instances() == {WEB, "b.2_x"}
         site.fault("GET /instances", status=200, body=[{"id": "no name, with a space", "state": "Running"}])
         assert await backend.instances() == frozenset()
+
+
+async def test_an_instance_that_can_not_be_read_hides_no_other(tmp_path: Path, heard_log: list[EventDict]) -> None:
+    async with opened(tmp_path) as (site, backend):
+        site.add_guest("b2", state="")
+        site.add_guest("c3")
+        assert await backend.instances() == {WEB, "c3"}
+        (line,) = (line for line in heard_log if line["log_level"] == "error")
+        assert line["entry"] == "entry 1 ('b2')"
+        assert "no 'state'" in line["error"]
+
+
+async def test_a_snapshot_that_can_not_be_read_is_named(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await take(backend)
+        site.fault("GET /snapshots", status=200, body=[*site.snapshots(), {"id": "odd", "name": "x"}])
+        with pytest.raises(BackendUnavailable, match=r"entry 2 .'odd'.: .* no 'source_instance_id'"):
+            await backend.list_snapshots(WEB)
 
 
 async def test_a_name_and_the_beginning_of_an_id_are_no_instances(tmp_path: Path) -> None:
@@ -250,6 +271,50 @@ async def test_a_server_with_a_certificate_of_its_own_is_trusted_by_ca_file(tmp_
         missing = site.backend(tmp_path, ca_file=str(tmp_path / "nowhere.pem"))
         with pytest.raises(BackendUnavailable, match=r"ca_file .*nowhere.pem can't be used: No such file"):
             await missing.instances()
+
+
+async def test_a_ca_file_that_is_replaced_is_read_anew(tmp_path: Path) -> None:
+    ca_file = tmp_path / "ca.pem"
+    shutil.copy(ROOT / "tests" / "tls" / "other-cert.pem", ca_file)
+    async with opened(tmp_path, "https", ca_file=str(ca_file)) as (site, backend):
+        for _ in range(2):
+            with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+                await backend.state(WEB)
+        shutil.copy(ROOT / "tests" / "tls" / "cert.pem", ca_file)
+        assert (await backend.state(WEB)).state is InstanceState.RUNNING
+        other = site.backend(tmp_path, ca_file=str(ca_file))
+        assert isinstance(other, HypemanBackend)
+        shutil.copy(ROOT / "tests" / "tls" / "other-cert.pem", ca_file)
+        with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+            await other.server.have_done(f"/instances/{WEB}/standby", {})
+        shutil.copy(ROOT / "tests" / "tls" / "cert.pem", ca_file)
+        assert (await other.server.have_done(f"/instances/{WEB}/standby", {})).status == 200
+        await other.aclose()
+
+
+async def test_files_that_can_not_be_read_for_the_moment_hold_up_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+
+    def block(*_: object, **__: object) -> None:
+        assert may_go_on.wait(PATIENCE_S)
+        raise OSError(errno.EIO, "the disk is gone")
+
+    async with opened(tmp_path, "https") as (site, backend):
+        await backend.state(WEB)
+        try:
+            for module, name in ((ssl, "create_default_context"), (tokens, "read_private")):
+                with monkeypatch.context() as patched:
+                    patched.setattr(module, name, block)
+                    other = site.backend(tmp_path)
+                    with trio.fail_after(PATIENCE_S / 2), trio.move_on_after(0.2) as hasty:
+                        await other.state(WEB)
+                    assert hasty.cancelled_caught
+                    assert (await backend.state(WEB)).state is InstanceState.RUNNING  # it has read them before
+                    await other.aclose()
+        finally:
+            may_go_on.set()
 
 
 async def test_the_certificate_is_checked_in_whatever_case_the_address_is_written(tmp_path: Path) -> None:
@@ -529,6 +594,16 @@ async def left_in_standby(site: Site, backend: Backend) -> None:
     site.set_state("Standby")
 
 
+async def test_a_guest_is_restored_though_the_server_can_not_list_its_snapshots(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        site.fault("GET /snapshots", status=500, body={"code": "internal_error", "message": "torn record"})
+        with pytest.raises(BackendUnavailable, match="torn record"):
+            await settle(backend, new_request())
+        assert site.state() == "Running"
+        assert (await settle(backend, new_request())).resumed is True
+
+
 @pytest.mark.parametrize("found", ["away", "empty"])
 async def test_a_guest_is_restored_though_the_catalog_is_lost_meanwhile(tmp_path: Path, found: str) -> None:
     async with opened(tmp_path) as (site, backend):
@@ -642,6 +717,16 @@ async def test_a_guest_that_the_server_is_just_about_to_bring_back_is_its_own_bu
         await other.aclose()
 
 
+async def test_a_restore_in_vain_that_somebody_else_makes_good_is_not_ours(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        site.fault(RESTORE, restore_fails=True)
+        with pytest.raises(BackendUnavailable, match="could not be restored"):
+            await settle(backend, new_request())
+        site.set_state("Running")
+        assert (await settle(backend, new_request())).resumed is False
+
+
 async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         site.fault(SNAPSHOTS, restore_fails=True)
@@ -652,8 +737,10 @@ async def test_a_restore_that_takes_longer_than_anybody_waits_is_not_begun_anew(
         with trio.move_on_after(0.2) as hasty:
             await settle(backend, new_request())
         assert hasty.cancelled_caught
-        await settle(backend, new_request())
-        assert site.state() == "Running"
+        settled = await settle(backend, new_request())
+        assert (settled.resumed, settled.snapshot, site.state()) == (True, None, "Running")
+        assert settled.freeze_s is not None
+        assert settled.freeze_s > 1.5  # until it ran again
         assert len(site.requests(RESTORE)) == 2
 
 
@@ -705,6 +792,33 @@ async def test_a_snapshot_that_somebody_deleted_on_the_server_is_not_listed(tmp_
         assert (await settle(backend, new_request())).snapshot is None
         await backend.delete_snapshot(snapshot)
         assert list(tmp_path.glob("catalog/*/[!.]*")) == []
+
+
+async def test_manifests_of_snapshots_that_are_gone_for_sure_do_not_pile_up(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        first, second, third = [await take(backend, f"run-{number}", f"nightly-{number}") for number in (1, 2, 3)]
+        files = {json.loads(file.read_text())["name"]: file for file in site.directory.glob("snapshots/*.json")}
+        kept = {name: file.read_text() for name, file in files.items()}
+        catalog = tmp_path / "catalog" / WEB
+
+        async def left() -> set[str]:
+            await backend.prepare(WEB, SnapshotKind.STANDBY)
+            return {path.name for path in catalog.iterdir()}
+
+        files[first.name].unlink()
+        gone = rf"GET /snapshots/{json.loads(kept[first.name])['id']}"
+        for unsure in ({"status": 404}, {"status": 500}, {"cut": "before", "times": 2}):
+            site.fault(gone, **unsure)
+            assert await left() == {"run-1", "run-2", "run-3"}
+        site.fault("GET /snapshots", status=200, body=[json.loads(kept[third.name])])  # it forgot to tell of one
+        assert await left() == {"run-2", "run-3"}
+        for name in (second.name, third.name):
+            files[name].unlink()
+        assert await left() == {"run-2", "run-3"}  # the server's own disk may be away
+        for name, text in kept.items():
+            files[name].write_text(text)
+        listed = await backend.list_snapshots(WEB)
+        assert {one.id: one.tags for one in listed} == {one.id: one.tags for one in (first, second, third)}
 
 
 OLD = "2026-03-09T02:00:00.123456789+01:00"

@@ -191,6 +191,30 @@ async def test_a_schedule_that_hypemand_can_not_write_is_not_deleted_however_oft
         await daemon.stop()
 
 
+async def test_a_schedule_that_is_changed_after_it_was_read_is_not_deleted(tmp_path: Path) -> None:
+    path = f"/instances/{WEB}/snapshot-schedule"
+    async with moving(tmp_path) as (site, lab):
+        old, now = site.add_schedule(), site.add_schedule(interval="12h0m0s")
+        site.fault(f"GET {path}", status=200, body=old)  # read just before somebody changed it
+        ran = await bring(lab, "--take-over", "--json")
+        assert (ran.status, became(ran)[WEB]) == (
+            *(
+                1,
+                (
+                    "imported",
+                    "the server's own schedule is not deleted: it was changed there after it was read; do this again",
+                ),
+            ),
+        )
+        assert (site.has_schedule(), site.has_schedule(OTHER)) == (True, False)
+        site.fault(
+            f"GET {path}", status=200, body={**now, "next_run_at": old["next_run_at"], "last_error": "ran since"}
+        )
+        ran = await bring(lab, "--take-over", "--replace", "--json")
+        assert (ran.status, became(ran), site.has_schedule()) == (0, {WEB: ("replaced", "")}, False)
+        assert lab.schedule(WEB)["interval"] == "12h"
+
+
 async def test_a_server_that_keeps_its_schedule_is_told(tmp_path: Path) -> None:
     async with moving(tmp_path) as (site, lab):
         site.fault(
@@ -275,6 +299,14 @@ async def test_each_schedule_that_is_no_good_is_told_with_its_reason_and_the_oth
         assert "torn file (500 x)" in ran.stdout
 
 
+async def test_an_instance_that_can_not_be_read_is_told_and_the_others_are_imported(tmp_path: Path) -> None:
+    async with moving(tmp_path) as (site, lab):
+        site.add_guest("a0", state="")
+        ran = await bring(lab, "--json")
+        odd = ("refused", "the server's answer has no 'state', as a Hypeman server's would")
+        assert (ran.status, became(ran)) == (1, {**IMPORTED, "entry 1 ('a0')": odd})
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
@@ -344,6 +376,26 @@ async def test_files_that_are_no_good_are_told(tmp_path: Path) -> None:
         ran = await bring(lab, "--dir", tmp_path / "nowhere")
         assert (ran.status, ran.stdout) == (1, "")
         assert "nowhere: No such file" in ran.stderr
+
+
+async def test_files_that_are_none_are_told_and_the_others_are_imported(tmp_path: Path) -> None:
+    async with moving(tmp_path) as (site, lab):
+        home = site.directory / "snapshot-schedules"
+        os.mkfifo(home / "pipe.json")
+        (home / "directory.json").mkdir()
+        (home / "memory.json").symlink_to("/proc/self/mem")
+        (home / "\x1b[31mred.json").write_text("{}")
+        (home / "\x1b[31mtorn.json").write_text("{")
+        ran = await bring(lab, "--dir", home, "--json")
+        told = became(ran)
+        assert (ran.status, told.pop(WEB), told.pop(OTHER)) == (1, ("imported", ""), ("imported", ""))
+        assert {outcome for outcome, _ in told.values()} == {"refused"}
+        assert told["pipe"][1] == told["directory"][1] == "it is no file"
+        assert told["memory"][1] == "its file can't be read: Input/output error"
+        assert {*told} == {"pipe", "directory", "memory", "\x1b[31mtorn", "\x1b[31mred"}
+        ran = await bring(lab, "--dir", home)
+        assert "\\x1b[31mred" in ran.stdout
+        assert "\x1b" not in ran.stdout + ran.stderr
 
 
 # The state.

@@ -82,9 +82,15 @@ def import_table(rows: Iterable[Row], *, dry_run: bool) -> Table:
         interval = "" if row.schedule is None else format_duration(row.schedule.interval)
         due = "" if row.schedule is None else format_instant(row.schedule.next_run_at)
         over = {None: "", True: "yes", False: "no"}[row.taken_over]
-        lines.append((row.instance_id, interval, due, row.became.outcome.value, over, row.became.reason))
+        instance, reason = _harmless(row.instance_id), _harmless(row.became.reason)
+        lines.append((instance, interval, due, row.became.outcome.value, over, reason))
     outcome = "WOULD BE" if dry_run else "IS"
     return Table(("INSTANCE", "INTERVAL", "NEXT RUN", outcome, "TAKEN OVER", "ERROR"), lines)
+
+
+def _harmless(text: str) -> str:
+    """*text*, which somebody else wrote, without what a terminal would obey."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 def import_notes(rows: Iterable[Row], *, dry_run: bool, from_server: bool) -> list[str]:

@@ -32,7 +32,7 @@ from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.hypeman import drafts as writing
 from hypemand.backends.hypeman.documents import RUN_TAG, Guest, Kept, StrangeAnswerError, guests_of, kept_of
 from hypemand.backends.hypeman.drafts import Drafts
-from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, checked
+from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, NotRestoredError, checked
 from hypemand.backends.hypeman.listing import Listing
 from hypemand.backends.hypeman.server import Answer, NotSentError, Server
 from hypemand.backends.hypeman.settings import HypemanSettings
@@ -89,7 +89,7 @@ class HypemanBackend:
         if answer.status != 200:
             raise BackendUnavailable(f"{self.settings.url}: {answer}")
         found = set()
-        for guest in guests_of(answer.document):
+        for guest in guests_of(answer.document, _pass_over):
             with suppress(RuleBroken):
                 found.add(check_instance_id(guest.id))
         return frozenset(found)
@@ -101,9 +101,10 @@ class HypemanBackend:
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:  # noqa: ARG002 - both alike
         """Which names are taken. Where the snapshots go, and how much room there is, the server alone knows."""
         await self._drafts.do(self.catalog.check)
-        taken = [kept.name for kept in await self._listing.on_server(checked(instance))]
+        there = await self._listing.on_server(checked(instance))
+        await self._listing.forget_gone(instance, there)
         warning = await self._listing.schedule_warning(instance)
-        return Preparation(taken_names=frozenset(taken), warnings=(warning,) if warning else ())
+        return Preparation(taken_names=frozenset(kept.name for kept in there), warnings=(warning,) if warning else ())
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Nothing has to be made ready, but that it is known to have been asked for nothing yet."""
@@ -218,14 +219,19 @@ class HypemanBackend:
         with suppress(InstanceNotFound):
             guest = await self._guests.after(instance)  # the server is sure to be done with it
         draft, lost = await self._draft(instance, run_id)
-        kept = await self._listing.of_run(instance, run_id)
+        try:
+            kept = await self._listing.of_run(instance, run_id)
+        except BackendUnavailable:
+            if draft is not None:  # a guest does not wait for a list that may never come
+                await self._bring_back(draft)
+            raise
         # The server keeps a snapshot only once it has brought the guest back: down now, it is so for somebody else.
         if draft is not None and kept is None:
             await self._bring_back(draft)
             kept = await self._listing.of_run(instance, run_id)  # the server may just have been about to be done
         doubt = self._doubt(run, guest) if draft is None and kept is None else ""
         if lost is not None or (doubt and ours):
-            raise BackendUnavailable("; ".join(filter(None, [lost and str(lost), doubt]))) from lost
+            raise BackendUnavailable("; ".join(filter(None, [str(lost or ""), doubt]))) from lost
         snapshot = await self._settle_snapshot(run, draft, kept)
         if doubt:
             _log.critical("look whether a guest was left in standby", instance_id=instance, run_id=run_id, error=doubt)
@@ -235,13 +241,14 @@ class HypemanBackend:
 
     async def _draft(self, instance: InstanceId, run_id: str) -> tuple[Manifest | None, BackendUnavailable | None]:
         """The run's draft, and why the catalog does not tell. What it has lost is written anew."""
+        asked = self._asked.get(run_id)
         try:
             draft = await self._drafts.do(self.catalog.draft, instance, run_id)
-            if draft is None and (draft := self._asked.get(run_id)) is not None:
-                await self._drafts.begin(draft)
+            if draft is None and asked is not None:
+                await self._drafts.begin(asked)
         except BackendUnavailable as error:
-            return self._asked.get(run_id), error
-        return draft, None
+            return asked, error
+        return asked or draft, None
 
     def _doubt(self, run: RunStarted, guest: Guest | None) -> str:
         """What to look after where nothing tells whether the server was asked for a snapshot.
@@ -257,10 +264,22 @@ class HypemanBackend:
 
     async def _bring_back(self, draft: Manifest) -> None:
         with suppress(InstanceNotFound):  # then there is nothing to bring back
-            if writing.may_be_down(draft) and await self._guests.bring_back(draft.instance_id):
-                # What follows may fail, and the next settling has to know.
-                self._brought_back[draft.id] = writing.down_for_s(draft)
+            if writing.may_be_down(draft):
+                await self._restored(draft)
         await self._note_that_it_runs(draft)
+
+    async def _restored(self, draft: Manifest) -> None:
+        if await self._guests.is_down(draft.instance_id):
+            # It may take longer than anybody waits, and what follows may fail: the next settling has to know.
+            self._brought_back[draft.id] = None
+            try:
+                if not await self._guests.restore(draft.instance_id):
+                    del self._brought_back[draft.id]
+            except NotRestoredError:
+                del self._brought_back[draft.id]
+                raise
+        if draft.id in self._brought_back:
+            self._brought_back[draft.id] = writing.down_for_s(draft)
 
     async def _note_that_it_runs(self, draft: Manifest) -> None:
         """From here on a standby is somebody else's doing."""
@@ -284,6 +303,10 @@ class HypemanBackend:
     async def aclose(self) -> None:
         """Let go of connections."""
         await self.server.aclose()
+
+
+def _pass_over(entry: str, why: str) -> None:
+    _log.error("entry of the server's instances passed over", entry=entry, error=why)
 
 
 def build(name: str, settings: HypemanSettings, surroundings: Surroundings) -> HypemanBackend:

@@ -1,6 +1,6 @@
 """What a Hypeman server tells of guests and snapshots. Keys that are not needed are not looked at."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from typing import Any, TypeGuard
 
@@ -85,9 +85,15 @@ def guest_of(document: Any) -> Guest:
     )
 
 
-def guests_of(document: Any) -> list[Guest]:
-    """Likewise, of a list."""
-    return [guest_of(one) for one in _list(document)]
+def guests_of(document: Any, pass_over: Callable[[str, str], None]) -> list[Guest]:
+    """Likewise, of a list. *pass_over* is told of each entry that is none, and why; the others are there for sure."""
+    found = []
+    for number, one in enumerate(_list(document), 1):
+        try:
+            found.append(guest_of(one))
+        except StrangeAnswerError as error:
+            pass_over(_which(number, one), str(error))
+    return found
 
 
 def kept_of(document: Any) -> Kept:
@@ -113,8 +119,23 @@ def kept_of(document: Any) -> Kept:
 
 
 def all_kept_of(document: Any) -> list[Kept]:
-    """Likewise, of a list."""
-    return [kept_of(one) for one in _list(document)]
+    """Likewise, of a list. One that can't be read may be any of ours: nothing is told then.
+
+    Raises:
+        StrangeAnswerError: Names the entry.
+    """
+    found = []
+    for number, one in enumerate(_list(document), 1):
+        try:
+            found.append(kept_of(one))
+        except StrangeAnswerError as error:
+            raise StrangeAnswerError(f"the server's list of snapshots, {_which(number, one)}: {error}") from error
+    return found
+
+
+def _which(number: int, entry: Any) -> str:
+    told = entry.get("id") if isinstance(entry, dict) else None
+    return f"entry {number}" + (f" ({told!r:.60})" if told else "")
 
 
 def _instant(value: object) -> datetime | None:

@@ -22,6 +22,10 @@ ON_ITS_WAY_S = 120.0
 _log = structlog.get_logger()
 
 
+class NotRestoredError(BackendUnavailable):
+    """The server says that it could not have the guest run again."""
+
+
 def checked(instance: InstanceId) -> InstanceId:
     """*instance*, if it can stand in a path.
 
@@ -88,12 +92,29 @@ class Guests:
         Raises:
             BackendUnavailable: It does not run yet, or that can't be told.
         """
+        return await self.is_down(instance) and await self.restore(instance)
+
+    async def is_down(self, instance: InstanceId) -> bool:
+        """Whether the guest is in standby.
+
+        Raises:
+            BackendUnavailable: It is not, and neither does it run nor is it off.
+        """
         guest = await self.after(instance)
         state = guest.status.state
         if state in _RUNS or state in _OFF:
             return False
         if state is not InstanceState.STANDBY:
             raise BackendUnavailable(_why_not_brought_back(guest))
+        return True
+
+    async def restore(self, instance: InstanceId) -> bool:
+        """Have a guest in standby run again. False: somebody else did it.
+
+        Raises:
+            NotRestoredError: It does not run.
+            BackendUnavailable: Whether it does can't be told.
+        """
         _log.warning("guest left in standby by a capture; having it restored", instance_id=instance)
         path = f"/instances/{instance}/restore"
         answer = await self.uncut.do(instance, partial(self.server.have_done, path, {}), on_its_way_s=0)
@@ -102,7 +123,7 @@ class Guests:
             return False  # somebody else was faster: the server itself, most likely
         if state in _RUNS:
             return True
-        raise BackendUnavailable(f"the guest is {state}, it could not be restored: {answer}")
+        raise NotRestoredError(f"the guest is {state}, it could not be restored: {answer}")
 
 
 def _why_not_brought_back(guest: Guest) -> str:

@@ -1,7 +1,11 @@
 """Which of a server's snapshots are hypemand's to list and to delete."""
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
+from urllib.parse import quote
 
+import structlog
+import trio
 from attrs import frozen
 
 from hypemand.backends.base import BackendError, BackendUnavailable, InstanceNotFound
@@ -13,6 +17,8 @@ from hypemand.backends.hypeman.server import Server
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.core.naming import is_scheduled
 
+FORGETTING_S = 5.0
+_log = structlog.get_logger()
 OWN_SCHEDULE = (
     "the Hypeman server has a schedule of its own for {}: it takes snapshots, too, and its retention deletes"
     " hypemand's; have it taken over: hypemand import-hypeman --take-over"
@@ -50,6 +56,26 @@ class Listing:
     async def of_run(self, instance: InstanceId, run_id: str) -> Kept | None:
         """What the server has that *run_id* has made."""
         return next((kept for kept in await self.on_server(instance) if kept.run_id == run_id), None)
+
+    async def forget_gone(self, instance: InstanceId, there: Collection[Kept]) -> None:
+        """Drop the manifests of snapshots that somebody else has deleted on the server; each listing would read them.
+
+        Each by the server's own word. A server that has none of the catalog's
+        any more may have lost the mount of its data, and is not believed.
+        Should one come back nevertheless, it is known by its tags.
+
+        Args:
+            there: What the server has.
+        """
+        ids = {kept.id for kept in there}
+        with trio.move_on_after(FORGETTING_S), suppress(BackendError):  # the next run does it
+            _, manifests = await self.drafts.known(instance, {})
+            known = {found: one.id for one in manifests if (found := server_id(one)) is not None}
+            for gone in known.keys() - ids if known.keys() & ids else ():
+                answer = await self.server.ask("GET", f"/snapshots/{quote(gone, safe='')}")
+                if answer.not_found:
+                    await self.drafts.do(self.drafts.catalog.delete, instance, known[gone])
+                    _log.info("snapshot is gone on the server", instance_id=instance, snapshot_id=known[gone])
 
     async def by_id(self, instance: InstanceId) -> list[tuple[Snapshot, Kept]]:
         """What is hypemand's, each with what the server has of it; oldest first."""

@@ -2,10 +2,11 @@
 
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx2
 import orjson
@@ -17,6 +18,8 @@ from hypemand.backends.hypeman.holding import LONGEST_S, Held
 from hypemand.backends.hypeman.settings import HypemanSettings, is_plain
 from hypemand.backends.hypeman.tokens import Token
 
+T = TypeVar("T")
+FileState = tuple[int, int, int, int]
 CONNECT_S = 10.0
 _LASTS = (
     # A network that is away for some minutes cuts no capture short, and a host that is gone is noticed.
@@ -33,6 +36,10 @@ _CAN_BE_ASKED_AGAIN = frozenset({"GET", "DELETE"})
 
 class NotSentError(BackendUnavailable):
     """The request never left, or was turned away at the door: nothing came of it."""
+
+
+class DistrustError(NotSentError):
+    """Whoever answers has no certificate that is trusted here."""
 
 
 class NoAnswerError(BackendUnavailable):
@@ -82,6 +89,9 @@ class Server:
     _token: Token = field(init=False)
     _client: httpx2.AsyncClient | None = field(init=False, default=None)
     _trust: ssl.SSLContext | bool | None = field(init=False, default=None)
+    _trusted_file: FileState | None = field(init=False, default=None)
+    _former: list[httpx2.AsyncClient] = field(init=False, factory=list)
+    _threads: trio.CapacityLimiter | None = field(init=False, default=None)
 
     @_token.default
     def _own_token(self) -> Token:
@@ -93,10 +103,14 @@ class Server:
         Raises:
             BackendUnavailable: No answer, or none of a server that knows us.
         """
-        if self._client is None:
-            self._client = await self._new_client()
         target = path + (f"?{httpx2.QueryParams(query)}" if query else "")
-        return await self._said(self._client, _Call(method, target))
+        call = _Call(method, target)
+        try:
+            return await self._said(await self._kept_client(), call)
+        except DistrustError:
+            if not await self._trusts_others_now():
+                raise
+        return await self._said(await self._kept_client(), call)
 
     async def have_done(self, path: str, body: Mapping[str, Any]) -> Answer:
         """Have something done that takes long, over a connection of its own, which outlives this process if need be.
@@ -108,15 +122,52 @@ class Server:
             NotSentError: Nothing was done.
             NoAnswerError: It is not known what was.
         """
-        async with Held() as held, await self._new_client() as client:
-            return await self._said(client, _Call("POST", path, body, {"trace": held.trace}))
+        async with Held() as held:
+            call = _Call("POST", path, body, {"trace": held.trace})
+            try:
+                async with await self._new_client() as client:
+                    return await self._said(client, call)
+            except DistrustError:  # then nothing was sent
+                if not await self._trusts_others_now():
+                    raise
+            async with await self._new_client() as client:
+                return await self._said(client, call)
+
+    async def _kept_client(self) -> httpx2.AsyncClient:
+        client = self._client
+        if client is None:
+            made = await self._new_client()
+            client = self._client = self._client or made  # somebody else may have been faster
+            if client is not made:
+                self._former.append(made)
+        return client
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """Do what may block, for how long nobody knows: who is cancelled leaves it behind."""
+        self._threads = self._threads or trio.CapacityLimiter(4)
+        return await trio.to_thread.run_sync(work, abandon_on_cancel=True, limiter=self._threads)
+
+    async def _trusts_others_now(self) -> bool:
+        """Forget whom to trust where ca_file is another one than was read. Whether it is."""
+        if self._trust is None:
+            return True  # somebody else has just found out
+        if await self._in_thread(partial(_state_of, _trust_file(self.settings))) == self._trusted_file:
+            return False
+        self._trust = None
+        if self._client is not None:  # there may be requests under way over it
+            self._former.append(self._client)
+            self._client = None
+        return True
 
     async def _new_client(self) -> httpx2.AsyncClient:
-        if self._trust is None:
-            self._trust = await trio.to_thread.run_sync(self._whom_to_trust)
+        trust = self._trust
+        if trust is None:
+            read = await self._in_thread(self._whom_to_trust)
+            self._trusted_file, self._trust = read
+            trust = read[1]
         # How long to wait for an answer is for whoever asks to say; and no proxy is to see the token.
         transport = httpx2.AsyncHTTPTransport(
-            verify=self._trust,
+            verify=trust,
             trust_env=False,
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=16),
             socket_options=_LASTS,
@@ -125,11 +176,12 @@ class Server:
             transport=transport, trust_env=False, timeout=httpx2.Timeout(None, connect=CONNECT_S, read=LONGEST_S)
         )
 
-    def _whom_to_trust(self) -> ssl.SSLContext | bool:
+    def _whom_to_trust(self) -> tuple[FileState | None, ssl.SSLContext | bool]:
         if is_plain(self.settings.url):
-            return False
+            return None, False
+        found = _state_of(_trust_file(self.settings))
         try:
-            return ssl.create_default_context(cafile=self.settings.ca_file)
+            return found, ssl.create_default_context(cafile=self.settings.ca_file)
         except OSError as error:  # also what OpenSSL says of the content
             raise NotSentError(f"ca_file {self.settings.ca_file} can't be used: {error.strerror or error}") from error
 
@@ -137,7 +189,9 @@ class Server:
         """What is said to *call*; a token that is refused is read anew, once."""
         answer = None
         for anew in (False, True):
-            headers = await trio.to_thread.run_sync(partial(self._token.headers, anew=anew))
+            headers = None if anew else self._token.known_headers
+            if headers is None:
+                headers = await self._in_thread(partial(self._token.headers, anew=anew))
             answer = await self._sent(client, call, headers)
             if answer.status != 401:
                 break
@@ -169,15 +223,28 @@ class Server:
         url = self.settings.url
         distrust = _certificate_error(error)
         if distrust is not None:
-            return NotSentError(f"{url} has no certificate that is trusted here: {distrust}; see ca_file")
+            return DistrustError(f"{url} has no certificate that is trusted here: {distrust}; see ca_file")
         if isinstance(error, _NOT_SENT):
             return NotSentError(f"{url} can't be reached: {str(error) or type(error).__name__}")
         return NoAnswerError(f"{url} gave no answer: {str(error) or type(error).__name__}")
 
     async def aclose(self) -> None:
         """Let go of the connections that are kept."""
-        if self._client is not None:
-            await self._client.aclose()
+        for client in filter(None, [self._client, *self._former]):
+            await client.aclose()
+
+
+def _trust_file(settings: HypemanSettings) -> Path:
+    return settings.ca_file or Path(ssl.get_default_verify_paths().openssl_cafile)
+
+
+def _state_of(path: Path) -> FileState | None:
+    """What changes with the file's content. Blocking."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 async def _received(client: httpx2.AsyncClient, request: httpx2.Request) -> Answer:

@@ -26,6 +26,11 @@ class Token:
             return f"token_file {self.settings.token_file}"
         return f"the systemd credential {CREDENTIAL}" if credential(CREDENTIAL) else "token_file, which is not set"
 
+    @property
+    def known_headers(self) -> dict[str, str] | None:
+        """The header as it was read before. Does not block."""
+        return None if self._read is None else {"authorization": f"Bearer {self._read}"}
+
     def headers(self, *, anew: bool) -> dict[str, str]:
         """The header that shows it; none where there is no token.
 
