@@ -4,7 +4,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Uns
 from hypemand.backends.copying import copy_file
 from hypemand.backends.vmm.dialect import Dialect, Drive, Identity
 from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below
+from hypemand.backends.vmm.handles import Identity as FileIdentity
 from hypemand.backends.vmm.handles import identity as identity_of
 from hypemand.backends.vmm.rights import overflow_uid
 from hypemand.backends.vmm.views import View
@@ -71,6 +72,7 @@ def disks_of(drives: Iterable[Drive], view: View) -> tuple[Disk, ...]:
         BackendUnavailable: It is not seen from here.
     """
     found: dict[Path, Disk] = {}
+    opened = files_of_process(view.peer.pid) if view.peer is not None else None
     for drive in drives:
         if drive.read_only:
             continue
@@ -81,7 +83,7 @@ def disks_of(drives: Iterable[Drive], view: View) -> tuple[Disk, ...]:
             )
         handle, path = view.held(drive.path)
         disk = _read(handle, path, drive.name, view.chroot, qcow2=drive.may_be_qcow2)
-        _check_open(disk, view)
+        _check_open(disk, opened)
         found.setdefault(disk.file, disk)
     return tuple(found.values())
 
@@ -97,9 +99,8 @@ def check_qcow2(disks: Iterable[Disk], dialect: Dialect, identity: Identity) -> 
             raise Unsupported(f"disk {disk.file}: {why}")
 
 
-def _check_open(disk: Disk, view: View) -> None:
+def _check_open(disk: Disk, opened: Collection[FileIdentity] | None) -> None:
     """Where that is seen: a guest goes on with its disk whatever takes the name of it."""
-    opened = files_of_process(view.peer.pid) if view.peer is not None else None
     if opened is not None and disk.handle is not None and identity_of(disk.handle.status()) not in opened:
         raise Unsupported(
             f"the guest runs with another file than {disk.file}, which was put in the place of its disk {disk.name}:"
