@@ -55,6 +55,7 @@ def _run_command(arguments: Sequence[str] | None) -> int:
     try:
         try:
             options = _parser().parse_args(arguments)
+            _import_structlog()
             status: int = options.command(options)
         finally:
             sys.stdout.flush()
@@ -71,6 +72,19 @@ def _run_command(arguments: Sequence[str] | None) -> int:
         print(f"hypemand: output can't be written: {error.strerror}", file=sys.stderr)
         return FAILED
     return status
+
+
+def _import_structlog() -> None:
+    """Without rich, which it takes where there is one, for tracebacks of a kind that is not printed here.
+
+    That would be a sixth of the time of a command, and as much memory as hundreds of schedules.
+    """
+    if "structlog" not in sys.modules and "rich" not in sys.modules:
+        sys.modules["rich"] = None  # type: ignore[assignment] # by Python's rules: it can't be imported
+        try:
+            import structlog  # noqa: F401
+        finally:
+            del sys.modules["rich"]
 
 
 def _open_missing_streams() -> None:

@@ -80,7 +80,9 @@ def _backend(options: argparse.Namespace, config: "Config") -> str:
         return str(options.backend)
     known = _hypeman_backends(config)
     if options.url is not None:
-        known = {name: one for name, one in known.items() if one.url == options.url.rstrip("/")}
+        from hypemand.backends.hypeman.settings import in_one_way
+
+        known = {name: one for name, one in known.items() if one.url == in_one_way(options.url)}
     if len(known) != 1:
         what = f"for {options.url}" if options.url else "of type hypeman"
         there = ", ".join(known) or "none"
@@ -103,12 +105,12 @@ def _source(options: argparse.Namespace, config: "Config", backend: str) -> Sour
 
 
 def _server_settings(options: argparse.Namespace, own: "HypemanSettings | None") -> "HypemanSettings":
-    from hypemand.backends.hypeman.settings import HypemanSettings
+    from hypemand.backends.hypeman.settings import HypemanSettings, in_one_way
     from hypemand.core.errors import RulesBroken
 
     files = {key: given for key in ("token_file", "ca_file") if (given := getattr(options, key)) is not None}
     try:
-        if own is not None and (options.url is None or options.url.rstrip("/") == own.url):
+        if own is not None and (options.url is None or in_one_way(options.url) == own.url):
             return evolve(own, **files).absolute()
         return HypemanSettings(url=options.url, **files).absolute()
     except RulesBroken as error:

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,42 @@ class Site:
 
     def backend(self, directory: Path, **settings: str) -> Backend:
         return registry.connect("cloud", self.connection(directory) | settings, Surroundings(directory / "state"))
+
+
+@define(eq=False)
+class Way:
+    """A way to a server: of the connection of the next request that begins with *lost*, no answer comes back."""
+
+    to: int
+    lost: bytes = b""
+    port: int = field(init=False, default=0)
+
+    async def serve(self, *, task_status: trio.TaskStatus[None]) -> None:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        await trio.serve_listeners(self._carry, listeners, task_status=task_status)
+
+    async def _carry(self, client: trio.SocketStream) -> None:
+        silent = trio.Event()
+        async with client, await trio.open_tcp_stream("127.0.0.1", self.to) as server, trio.open_nursery() as nursery:
+
+            async def back() -> None:
+                with suppress(trio.BrokenResourceError):
+                    async for data in server:
+                        if silent.is_set():
+                            continue
+                        await client.send_all(data)
+                if not silent.is_set():
+                    nursery.cancel_scope.cancel()
+
+            nursery.start_soon(back)
+            with suppress(trio.BrokenResourceError):
+                async for data in client:
+                    if self.lost and data.startswith(self.lost):
+                        self.lost = b""
+                        silent.set()
+                    await server.send_all(data)
+            nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from itertools import count
 from pathlib import Path
 
 import libvirt
@@ -39,6 +40,7 @@ class _Shared:
 
 
 _SHARED = _Shared()
+_numbers = count(1)
 
 
 def shared_libvirtd() -> Libvirtd:
@@ -53,7 +55,7 @@ def shared_guest() -> Iterator["LibvirtGuest"]:
     """A guest of it without snapshots, running; nobody else's until the end of the block. In between it is paused."""
     if _SHARED.guest is None:
         _SHARED.guest = _SHARED.guests.enter_context(
-            running_libvirt_guest(shared_libvirtd(), instance_id="shared-1", tick_ms=200)
+            running_libvirt_guest(shared_libvirtd(), instance_id=f"shared-{next(_numbers)}", tick_ms=200)
         )
     guest = _SHARED.guest
     try:

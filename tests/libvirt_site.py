@@ -6,9 +6,11 @@ Where the tests are run by root, it is run by nobody, for root's would be the
 system's.
 """
 
+import gc
 import os
 import shutil
 import signal
+import socket as sockets
 import subprocess
 import tempfile
 import time
@@ -163,16 +165,33 @@ class Libvirtd:
                 [program, "-f", str(self.base / "libvirtd.conf")], stdout=log, stderr=log, **self.process_options()
             )
         until = time.monotonic() + PATIENCE_S
-        while not self.socket.exists():
+        while not self._listens():
             if self.process.poll() is not None or time.monotonic() > until:
                 lines = self.log.read_text(errors="replace").splitlines() or ["it says nothing"]
                 raise NotStarted(f"libvirtd does not start: {lines[-1]}")
             time.sleep(_POLL_S)
 
+    def _listens(self) -> bool:
+        with sockets.socket(sockets.AF_UNIX) as one:
+            return one.connect_ex(os.fspath(self.socket)) == 0
+
     def kill(self) -> None:
         """SIGKILL it, and return once it is gone. Its guests stay."""
         self.process.kill()
         self.process.wait()
+
+    @contextmanager
+    def hung(self) -> Iterator[None]:
+        """Have it stand still, as if it hung, until the end of the block."""
+        # What a test has left of libvirt's would be freed meanwhile, in the event loop, and that waits for the daemon.
+        gc.collect()
+        gc.disable()
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+            gc.enable()
 
     def end(self) -> None:
         """End daemon and guests, by force."""

@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import trio
 
 from hypemand import __version__
-from tests.processes import ALONE, Lab, Ran, command, environment, run_cli, running_daemon, wait_until
+from tests.processes import ALONE, ROOT, Lab, Ran, command, environment, run_cli, running_daemon, wait_until
 
 COMMANDS = {
     "run": "foreground",
@@ -688,3 +689,25 @@ def test_a_disk_too_full_for_the_report_is_told(used: Lab) -> None:
     assert done.returncode == 1
     assert b"No space left" in done.stderr
     assert b"Traceback" not in done.stderr
+
+
+# What a command imports.
+
+TOLD_IMPORTS = """
+import sys
+from hypemand.cli import main
+try:
+    main()
+finally:
+    import structlog
+    print("rich" in sys.modules, structlog.dev.rich is None, file=sys.stderr)
+"""
+
+
+async def test_a_command_imports_rich_for_tables_alone(lab: Lab) -> None:
+    lab.write(SCHEDULES, instances=INSTANCES)
+    arguments = [sys.executable, "-c", TOLD_IMPORTS, "history", "--json", "-c", str(lab.config)]
+    ran = await trio.run_process(
+        arguments, capture_stdout=True, capture_stderr=True, cwd=ROOT, env=environment(), check=False
+    )
+    assert (ran.stdout.strip(), ran.stderr.strip()) == (b"[]", b"False True")

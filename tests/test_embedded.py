@@ -1,6 +1,7 @@
 """What the embedded backend promises beyond the contract."""
 
 import json
+import re
 import subprocess
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
@@ -325,6 +326,14 @@ async def test_the_way_back_is_commands_that_bring_back_every_byte(
         assert (home / name).read_bytes() == (before if name in files else changed)[name]
     assert said(root) == {"state": "Stopped", "owner": "alice"}
     assert (await backend.prepare(WEB, kind)).taken_names == {"nightly-1"}
+
+
+async def test_the_page_on_restoring_says_what_manifests_say(root: Path, backend: Backend) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "restore.md").read_text()
+    (block,) = re.findall(r"<!-- embedded -->\n```sh\n(.*?)```", page, re.DOTALL)
+    steps = (await backend.capture(WEB, request_of())).snapshot.restore
+    told = "".join(f"{step.command}\n" for step in steps)
+    assert block == told.replace(str(root), "/var/lib/hypemand/embedded").replace(request_of().run_id, "01JP0ZK3")
 
 
 async def test_a_capture_has_nothing_left_to_complete(root: Path, backend: Backend) -> None:

@@ -6,6 +6,8 @@ import os
 import re
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from attrs import evolve
 from structlog.typing import EventDict
 
 from hypemand.backends import registry
@@ -31,11 +34,12 @@ from hypemand.backends.base import (
 from hypemand.backends.hypeman import holding
 from hypemand.backends.hypeman.documents import kept_of
 from hypemand.backends.hypeman.drafts import way_back
+from hypemand.backends.hypeman.server import Server
 from hypemand.backends.hypeman.settings import HypemanSettings
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.hypeman_server.answers import TOKEN
-from tests.hypeman_site import NAME, WEB, new_request, opened, settle, take
+from tests.hypeman_site import NAME, WEB, Site, Way, new_request, opened, settle, take
 from tests.processes import PATIENCE_S, ROOT, children_of, wait_until
 
 SNAPSHOTS = f"POST /instances/{WEB}/snapshots"
@@ -248,6 +252,21 @@ async def test_a_server_with_a_certificate_of_its_own_is_trusted_by_ca_file(tmp_
             await missing.instances()
 
 
+async def test_the_certificate_is_checked_in_whatever_case_the_address_is_written(tmp_path: Path) -> None:
+    async with opened(tmp_path, "https") as (site, _):
+        connection = {key: value for key, value in site.connection(tmp_path).items() if key != "ca_file"}
+        shouted = connection | {"url": site.url.replace("https", "HTTPS")}
+        backend = registry.connect("cloud", shouted, Surroundings(tmp_path / "state"))
+        assert backend.connection["url"] == site.url
+        with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+            await backend.instances()
+        assert site.requests() == []
+        await backend.aclose()
+        settings = HypemanSettings(url=site.url.replace("https", "HttpS"))  # as nobody has put it in order
+        with pytest.raises(BackendUnavailable, match="no certificate that is trusted here"):
+            await Server(settings).ask("GET", "/instances")
+
+
 # Captures.
 
 
@@ -431,6 +450,63 @@ async def test_a_server_killed_in_mid_snapshot_has_its_guest_restored_once_it_is
         await other.aclose()
 
 
+async def test_a_guest_is_restored_though_the_connection_of_its_capture_went_silent(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, _), trio.open_nursery() as nursery:
+        way = Way(site.port, lost=b"POST")
+        await nursery.start(way.serve)
+        backend = site.backend(tmp_path, url=f"http://127.0.0.1:{way.port}")
+        site.fault(SNAPSHOTS, takes_s=60)
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.state() == "Standby", "the capture")
+        await site.kill()
+        await site.start()
+        way.lost = b"POST"
+        site.fault(RESTORE, takes_s=0.5)
+        with trio.move_on_after(2.5) as waited:  # its restore goes silent, too
+            await settle(backend, new_request())
+        assert waited.cancelled_caught
+        settled = await settle(backend, new_request())
+        assert (settled.snapshot, site.state(), len(site.requests(RESTORE))) == (None, "Running", 1)
+        await backend.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_request_that_may_be_on_its_way_still_is_waited_for_while_the_guest_runs(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+        site.fault(SNAPSHOTS, delay_s=1.5)  # before anything is done
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.requests(SNAPSHOTS) != [], "the request")
+        settled = await settle(backend, new_request())
+        assert settled.snapshot is not None
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_that_a_capture_waits_on_is_looked_after(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+        site.fault(SNAPSHOTS, takes_s=1)
+        nursery.start_soon(backend.capture, WEB, new_request())
+        await wait_until(lambda: site.state() == "Standby", "the capture")
+        found = [kept_alive_for_s(int(path.name)) for path in Path("/proc/self/fd").iterdir()]
+        ours = [seconds for port, seconds in filter(None, found) if port == site.port]
+        assert ours
+        assert all(240 <= seconds <= 600 for seconds in ours)
+        nursery.cancel_scope.cancel()
+
+
+def kept_alive_for_s(descriptor: int) -> tuple[int, float] | None:
+    """To which port a connection leads, and after how long a silence it ends."""
+    with suppress(OSError):
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            return None
+    with suppress(OSError), socket.socket(fileno=os.dup(descriptor)) as one:
+        if one.family == socket.AF_INET and one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE):
+            silent_ms = one.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+            return int(one.getpeername()[1]), silent_ms / 1000
+        if one.family == socket.AF_INET:
+            return int(one.getpeername()[1]), 0.0
+    return None
+
+
 async def test_a_guest_that_is_left_paused_keeps_the_run_open_and_the_text_says_what_to_do(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         site.fault(SNAPSHOTS, status=502)
@@ -445,6 +521,66 @@ async def test_a_guest_that_is_left_paused_keeps_the_run_open_and_the_text_says_
         assert (await settle(backend, new_request())).resumed is False
 
 
+async def left_in_standby(site: Site, backend: Backend) -> None:
+    """A capture without an answer, and the server is killed in its midst."""
+    site.fault(SNAPSHOTS, cut="before")
+    with pytest.raises(BackendUnavailable):
+        await backend.capture(WEB, new_request())
+    site.set_state("Standby")
+
+
+@pytest.mark.parametrize("found", ["away", "empty"])
+async def test_a_guest_is_restored_though_the_catalog_is_lost_meanwhile(tmp_path: Path, found: str) -> None:
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        (tmp_path / "catalog").rename(tmp_path / "away")
+        if found == "away":
+            with pytest.raises(BackendUnavailable, match="is its filesystem mounted"):
+                await settle(backend, new_request(), ours=False)
+            assert site.state() == "Running"
+            site.set_state("Standby")  # from here on an operator's doing
+            with pytest.raises(BackendUnavailable, match="is its filesystem mounted"):
+                await settle(backend, new_request(), ours=False)
+        (tmp_path / "catalog").mkdir()
+        (tmp_path / "catalog" / ".hypemand-catalog").touch()  # as the text says
+        settled = await settle(backend, new_request(), ours=False)
+        assert (settled.resumed, settled.notes) == (True, ())
+        assert site.state() == ("Standby" if found == "away" else "Running")
+
+
+async def test_a_standby_of_which_only_a_lost_catalog_could_tell_is_told_and_not_undone(
+    tmp_path: Path, heard_log: list[EventDict]
+) -> None:
+    said = "the guest is Standby, and the catalog does not tell whether it is so for this run: if nobody wants it so"
+    async with opened(tmp_path) as (site, backend):
+        await left_in_standby(site, backend)
+        other = site.backend(tmp_path)  # as after a restart of hypemand
+        (tmp_path / "catalog").rename(tmp_path / "away")
+        with pytest.raises(BackendUnavailable, match=f"is its filesystem mounted.*; {said}"):
+            await settle(other, new_request())
+        (tmp_path / "catalog").mkdir()
+        (tmp_path / "catalog" / ".hypemand-catalog").touch()
+        with pytest.raises(BackendUnavailable, match=f"^{said}"):
+            await settle(other, new_request())
+        (note,) = (await settle(other, new_request(), ours=False)).notes
+        assert note.startswith(said)
+        assert [line["log_level"] for line in heard_log if line.get("error") == note] == ["critical"]
+        assert (site.state(), site.requests(RESTORE)) == ("Standby", [])
+        site.set_state("Running")
+        assert (await settle(other, new_request())).notes == ()
+        await other.aclose()
+
+
+async def test_a_standby_after_a_run_that_asked_for_nothing_is_an_operators(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        site.fault(f"GET /instances/{WEB}", status=502)
+        with pytest.raises(BackendUnavailable):
+            await backend.capture(WEB, new_request())
+        site.set_state("Standby")
+        settled = await settle(backend, new_request())
+        assert (settled.resumed, settled.notes, site.state()) == (False, (), "Standby")
+
+
 async def test_a_guest_that_is_off_or_gone_is_not_brought_back(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         ways: list[Callable[[], None]] = [lambda: site.set_state("Stopped"), site.remove_guest]
@@ -455,6 +591,19 @@ async def test_a_guest_that_is_off_or_gone_is_not_brought_back(tmp_path: Path) -
             away()
             assert (await settle(backend, new_request(f"run-{number}"))).resumed is False
             site.add_guest()
+
+
+async def test_a_guest_that_somebody_puts_to_standby_after_a_capture_that_went_well_stays_there(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        site.fault(SNAPSHOTS, cut="after")  # as if hypemand was killed just then
+        with pytest.raises(BackendUnavailable):
+            await backend.capture(WEB, new_request())
+        assert (site.state(), len(site.snapshots())) == ("Running", 1)
+        site.set_state("Standby")
+        settled = await settle(backend, new_request())
+        assert settled.snapshot is not None
+        assert (settled.resumed, site.state(), site.requests(RESTORE)) == (False, "Standby", [])
+        assert await backend.list_snapshots(WEB) == (settled.snapshot,)
 
 
 @pytest.mark.parametrize("held", [True, False], ids=["held", "no-holder-to-be-had"])
@@ -618,6 +767,34 @@ async def test_a_snapshot_that_lost_its_tags_is_not_deleted(tmp_path: Path) -> N
         assert await backend.list_snapshots(WEB) == (snapshot,)
 
 
+@pytest.mark.parametrize("tag", ["{precious}", ".", "..", "../../precious", ".run-1.partial", "x" * 250, ""])
+async def test_a_tag_leads_nowhere_in_the_catalog(tmp_path: Path, tag: str) -> None:
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    async with opened(tmp_path) as (site, backend):
+        ours = await take(backend)
+        tags = {**ours.tags, "hypemand.run_id": tag.format(precious=precious)}
+        odd = site.add_snapshot("nightly-1", at=OLD, tags=tags)
+        by_id = {one.id: one for one in await backend.list_snapshots(WEB)}
+        assert by_id == {"run-1": ours, odd: by_id[odd]}
+        await backend.delete_snapshot(by_id[odd])
+        assert await backend.list_snapshots(WEB) == (ours,)
+        for name in (str(precious), "..", "."):
+            with pytest.raises(BackendError, match="can't name anything"):
+                await backend.delete_snapshot(evolve(ours, id=name))
+        assert precious.is_dir()
+        assert await backend.list_snapshots(WEB) == (ours,)
+
+
+async def test_a_snapshot_whose_own_id_is_a_path_is_left_alone(tmp_path: Path) -> None:
+    async with opened(tmp_path) as (site, backend):
+        ours = await take(backend)
+        body = [*site.snapshots(), {**site.snapshots()[0], "id": "../instances/x", "tags": ours.tags}]
+        site.fault("GET /snapshots", status=200, body=body, times=2)
+        assert await backend.list_snapshots(WEB) == (ours,)
+        assert len((await backend.prepare(WEB, SnapshotKind.STANDBY)).taken_names) == 1
+
+
 async def test_a_deletion_that_fails_leaves_the_snapshot_listed(tmp_path: Path) -> None:
     async with opened(tmp_path) as (site, backend):
         snapshot = await take(backend)
@@ -639,6 +816,28 @@ async def test_a_schedule_of_the_servers_own_is_warned_of_before_the_capture(tmp
         site.add_schedule()
         (warning,) = (await backend.prepare(WEB, SnapshotKind.STANDBY)).warnings
         assert "hypemand import-hypeman --take-over" in warning
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ({"status": 404, "body": "404 page not found\n"}, []),
+        ({"status": 404, "body": {"code": "Not Found", "message": "no matching operation was found"}}, []),
+        ({"status": 500, "body": {"code": "internal_error", "message": "torn file"}}, ["can't be told: .*torn file"]),
+    ],
+    ids=["no-page", "no-operation", "failed"],
+)
+async def test_a_server_that_tells_nothing_of_schedules_is_captured_nevertheless(
+    tmp_path: Path, answer: dict[str, Any], said: list[str]
+) -> None:
+    async with opened(tmp_path) as (site, backend):
+        old = site.add_snapshot("nightly-20260309-020000", at=OLD)
+        site.fault(f"GET /instances/{WEB}/snapshot-schedule", times=2, **answer)
+        warnings = (await backend.prepare(WEB, SnapshotKind.STANDBY)).warnings
+        assert [bool(re.search(*pair)) for pair in zip(said, warnings, strict=True)] == [True] * len(said)
+        with pytest.raises(BackendUnavailable):  # but nothing is taken for left behind then
+            await backend.list_snapshots(WEB)
+        assert [one.id for one in await backend.list_snapshots(WEB)] == [old]
 
 
 # The way back.

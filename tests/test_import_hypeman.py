@@ -173,6 +173,24 @@ async def test_a_schedule_is_only_deleted_once_hypemand_has_it(tmp_path: Path) -
         assert len(site.requests("DELETE")) == 1
 
 
+async def test_a_schedule_that_hypemand_can_not_write_is_not_deleted_however_often_that_is_asked_for(
+    tmp_path: Path,
+) -> None:
+    async with moving(tmp_path) as (site, lab), running_daemon(lab.config) as daemon:
+        await daemon.wait_for("API serves")
+        lab.schedule_file(WEB).mkdir(parents=True)
+        (lab.schedule_file(WEB) / "in-the-way").touch()
+        for _ in range(2):
+            ran = await bring(lab, "--take-over", "--json")
+            assert (ran.status, became(ran)[WEB][0], site.has_schedule()) == (1, "refused", True)
+        (lab.schedule_file(WEB) / "in-the-way").unlink()
+        lab.schedule_file(WEB).rmdir()
+        ran = await bring(lab, "--take-over", "--json")
+        assert (ran.status, became(ran), site.has_schedule()) == (0, {WEB: ("unchanged", "")}, False)
+        assert lab.schedule_file(WEB).is_file()
+        await daemon.stop()
+
+
 async def test_a_server_that_keeps_its_schedule_is_told(tmp_path: Path) -> None:
     async with moving(tmp_path) as (site, lab):
         site.fault(

@@ -96,6 +96,15 @@ async def test_before_its_first_use_a_backend_may_lack_what_it_makes_at_that_and
     assert await found(answers, "web-1", "web-2", used=False) == ["backends.vms: web-2: has a raw disk"]
 
 
+async def test_a_bug_in_a_backend_is_told_and_keeps_no_other_instance_from_being_looked_at() -> None:
+    answers = Answers(
+        prepared={"web-1": PermissionError(13, "Permission denied"), "web-2": Unsupported("has a raw disk")}
+    )
+    first, second = await found(answers, "web-1", "web-2")
+    assert "web-1: internal error: PermissionError(13" in first
+    assert second.endswith("web-2: has a raw disk")
+
+
 async def test_an_instance_in_a_state_that_passes_is_no_finding() -> None:
     assert await found(Answers(states={"web-1": Status(InstanceState.PAUSED)}), "web-1") == []
 

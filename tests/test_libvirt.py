@@ -1,14 +1,16 @@
 """What the libvirt backend keeps beside the promises of every backend: what it refuses, and what it leaves alone."""
 
 import gc
+import os
 import re
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import libvirt
 import pytest
@@ -24,13 +26,15 @@ from hypemand.backends.base import (
     Unsupported,
 )
 from hypemand.backends.libvirt import snapshots
+from hypemand.backends.libvirt.connections import Connections
 from hypemand.backends.libvirt.disks import check_capturable, check_firmware, parts_of, read_disks
 from hypemand.backends.libvirt.documents import Stage, new_document, new_note, note_of, published_document, read_xml
+from hypemand.backends.libvirt.settings import LibvirtSettings
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import InstanceId, InstanceState, SnapshotKind
 from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
 from tests.libvirt_guest import LibvirtGuest, running_libvirt_guest, shared_libvirtd
-from tests.libvirt_site import domain_xml
+from tests.libvirt_site import NOBODY, domain_xml
 from tests.qemu_guest import run_img
 
 pytestmark = pytest.mark.libvirt
@@ -201,6 +205,35 @@ async def test_a_writable_disk_that_is_not_qcow2_is_refused_by_its_name_before_a
                 await backend.prepare(WEB, SnapshotKind.STANDBY)
 
 
+@contextmanager
+def as_somebody_else() -> Iterator[None]:
+    """Root may look everywhere."""
+    if os.geteuid() != 0:
+        yield
+        return
+    os.seteuid(NOBODY - 1)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+async def test_a_disk_in_a_directory_for_libvirt_alone_is_captured_without_a_check_of_its_room(
+    guest: LibvirtGuest, heard_log: list[EventDict]
+) -> None:
+    async with backend_of(guest.libvirtd.uri) as backend:
+        assert len((await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms) == 1
+        guest.disk.parent.chmod(0)
+        try:
+            with as_somebody_else():
+                with pytest.raises(PermissionError):
+                    guest.disk.stat()
+                assert (await backend.prepare(WEB, SnapshotKind.STANDBY)).rooms == ()
+        finally:
+            guest.disk.parent.chmod(0o700)
+    assert [line["disk"] for line in heard_log if "free space is not checked" in line["event"]] == [str(guest.disk)]
+
+
 async def test_a_read_only_disk_is_left_out_and_several_writable_ones_are_captured_together() -> None:
     libvirtd = shared_libvirtd()
     home = libvirtd.new_home()
@@ -303,9 +336,30 @@ def test_a_note_comes_back_as_it_was_written_and_libvirts_words_around_it_do_not
     assert "<domain><description>a &amp; b</description></domain>" in published_document(with_domain, note)
 
 
-@pytest.mark.parametrize("text", ["", "by hand", "{}", "[1]", '{"hypemand":1}', '{"hypemand":1,"id":5}', "x\n{"])
+@pytest.mark.parametrize(
+    "text", ["", "by hand", "{}", "[1]", '"hypemand"', '{"hypemand":1}', '{"hypemand":1,"id":5}', "x\n{"]
+)
 def test_what_is_no_note_of_ours_is_somebody_elses(text: str) -> None:
     assert note_of(read_xml(f"<domainsnapshot><description>{text}</description></domainsnapshot>")) is None
+
+
+async def test_a_snapshot_with_a_note_of_a_later_format_is_left_alone_and_told(
+    guest: LibvirtGuest, heard_log: list[EventDict]
+) -> None:
+    request = new_request()
+    text = new_note(request, 17).text.replace('"hypemand":1', '"hypemand":2').replace("making", "listed")
+    made = ET.Element("domainsnapshot")
+    ET.SubElement(made, "name").text = NAME
+    ET.SubElement(made, "description").text = text
+    with guest.domain() as domain:
+        domain.snapshotCreateXML(ET.tostring(made, encoding="unicode"))
+    async with backend_of(guest.libvirtd.uri) as backend:
+        assert await backend.list_snapshots(WEB) == ()
+        assert [(line["snapshot_name"], line["error"]) for line in heard_log] == [
+            (NAME, "format 2 is newer than this hypemand")
+        ]
+        assert await settle(backend, request) == Settled()
+    assert guest.names() == guest.tags() == [NAME]
 
 
 def test_a_note_of_a_later_version_is_read_and_its_keys_are_kept() -> None:
@@ -423,3 +477,12 @@ async def test_the_event_loop_never_lets_go_of_anything_of_libvirts_which_might_
     gc.collect()
     assert len(freed) > 10
     assert not any(freed)
+
+
+async def test_a_connection_that_comes_back_late_is_closed_and_not_kept(guest: LibvirtGuest) -> None:
+    connections = Connections(LibvirtSettings(uri=guest.libvirtd.uri))
+    await connections.ask(lambda connection: connection.getLibVersion())
+    assert len(connections._idle) == 1
+    await connections.aclose()
+    await connections.ask(lambda connection: connection.getLibVersion())
+    assert connections._idle == []

@@ -41,7 +41,7 @@ name_prefix = "nightly"
 
 async def names_of(lab: Lab) -> list[str]:
     """What ``hypemand snapshots`` lists."""
-    return [found["name"] for found in (await run_cli("snapshots", "-c", lab.config, "--json")).json]
+    return [found["name"] for found in (await run_cli("snapshots", "web-1", "-c", lab.config, "--json")).json]
 
 
 async def test_a_guest_is_captured_on_schedule_and_pruned(lab: Lab) -> None:
@@ -142,12 +142,9 @@ async def test_a_daemon_whose_libvirtd_hangs_in_mid_capture_ends_all_the_same_an
         write_config(lab, guest, runs='shutdown_grace = "1s"')
         async with running_daemon(lab.config) as daemon:
             await guest.comes_to(SAVING)
-            guest.libvirtd.process.send_signal(signal.SIGSTOP)
-            try:
+            with guest.libvirtd.hung():
                 daemon.send(signal.SIGTERM)
                 assert await daemon.ended() in (0, 1)
-            finally:
-                guest.libvirtd.process.send_signal(signal.SIGCONT)
         await guest.next_ticks()
         recovered = await run_cli("recover", "-c", lab.config)
         assert recovered.status == 0, recovered.stderr

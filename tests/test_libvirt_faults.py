@@ -165,8 +165,7 @@ async def test_a_hung_libvirtd_is_given_up_and_takes_no_threads_for_ever(big: Li
     async with backend_of(big.libvirtd.uri) as backend:
         await backend.state(WEB)
         before = threading.active_count()
-        big.libvirtd.process.send_signal(signal.SIGSTOP)
-        try:
+        with big.libvirtd.hung():
             for _ in range(THREADS_OF_ONE + 2):
                 with trio.move_on_after(0.05) as scope:
                     await backend.prepare(WEB, SnapshotKind.STANDBY)
@@ -175,8 +174,6 @@ async def test_a_hung_libvirtd_is_given_up_and_takes_no_threads_for_ever(big: Li
                 await settle(backend, new_request())
             assert scope.cancelled_caught
             assert threading.active_count() <= before + THREADS_OF_ONE
-        finally:
-            big.libvirtd.process.send_signal(signal.SIGCONT)
         assert await backend.state(WEB) == Status(InstanceState.RUNNING)
         await take(backend)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hypemand.core.model import RestoreAction, Snapshot, SnapshotKind
-from tests.libvirt_backend import NAME, backend_of, new_request, settle, take
+from tests.libvirt_backend import NAME, WEB, backend_of, new_request, settle, take
 from tests.libvirt_guest import LibvirtGuest, running_libvirt_guest, shared_libvirtd
 from tests.test_qemu_restore import commands_of
 
@@ -101,3 +101,52 @@ async def test_a_stopped_guest_comes_back_by_the_pages_commands() -> None:
                 shell(command)
             await guest.next_ticks(3)
             assert guest.serial().startswith("BOOT")
+
+
+async def test_what_the_page_says_that_snapshots_forbid_is_what_libvirt_refuses() -> None:
+    page = PAGE.with_name("libvirt.md").read_text()
+    with running_libvirt_guest(shared_libvirtd()) as guest:
+
+        def refusal(*words: str) -> str:
+            command = ["virsh", "--connect", guest.libvirtd.uri, *words]
+            done = subprocess.run(command, check=False, capture_output=True, text=True)
+            assert done.returncode == 1
+            return done.stderr.strip().rpartition(": ")[2]
+
+        migrate = ("migrate", WEB, guest.libvirtd.uri)
+        async with backend_of(guest.libvirtd.uri) as backend:
+            await take(backend)
+            live = refusal(*migrate, "--live")
+            with guest.domain() as domain:
+                domain.destroy()
+            offline = refusal(*migrate, "--offline", "--persistent")
+            undefined = refusal("undefine", WEB)
+            assert live == offline
+            assert f"| to migrate the guest, running or shut off | `{live}` |" in page
+            assert f"| to undefine it while it is shut off | `{undefined}` |" in page
+            shell(f"virsh --connect '{guest.libvirtd.uri}' undefine {WEB} --snapshots-metadata")
+            assert await backend.list_snapshots(WEB) == ()
+            assert guest.tags() == [NAME]
+
+
+@pytest.mark.parametrize("made_of", ["number", "UUID", "option"])
+async def test_the_way_back_of_a_guest_with_the_name_of_another_ones_number_leaves_the_other_alone(
+    made_of: str,
+) -> None:
+    with running_libvirt_guest(shared_libvirtd()) as other:
+        pid = other.libvirtd.pid_of(WEB)
+        with other.domain() as domain:
+            name = {"number": str(domain.ID()), "UUID": domain.UUIDString(), "option": "--current"}[made_of]
+        with running_libvirt_guest(shared_libvirtd(), instance_id=name, starts=False) as guest:
+            async with backend_of(guest.libvirtd.uri) as backend:
+                await take(backend)
+                request = new_request(kind=SnapshotKind.STOPPED)
+                snapshot = (await backend.capture(guest.instance_id, request)).snapshot
+                await backend.publish(snapshot)
+                assert await backend.list_snapshots(guest.instance_id) == (snapshot,)
+                for step in snapshot.restore:
+                    assert step.command is not None
+                    shell(step.command)
+            assert guest.runs()
+            assert other.libvirtd.pid_of(WEB) == pid
+            await other.next_ticks()

@@ -5,14 +5,16 @@ from datetime import timedelta
 from pathlib import Path
 
 import trio
+from attrs import evolve
 from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.core.model import InstanceId
+from hypemand.surface.metrics.kept import AT_A_TIME, KeptSnapshots
 from tests.fakes import FakeBackend, FakeClock
 from tests.metered import HOUR, SOON, metered, now_and_then
 from tests.prometheus import scrape
-from tests.world import entry
+from tests.world import entry, world
 
 
 async def test_snapshots_kept_follow_the_runs(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -142,3 +144,26 @@ async def test_an_answer_that_comes_after_a_run_has_told_better_is_dropped(
         assert await made.engine.scheduler.begin_now(made.schedule("web-1")).ended() is not None
         await trio.sleep(20)
         assert (await scrape(metrics)).value("hypemand_snapshots_kept", "web-1") == 1
+
+
+async def test_looking_through_many_schedules_lets_others_have_their_turns(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    async with world(tmp_path, entry("web-1", HOUR)) as w:
+        of_web = w.schedule("web-1")
+        for number in range(6 * AT_A_TIME):
+            w.engine.store.remember(evolve(of_web, instance_id=InstanceId(f"many-{number}")))
+        kept, turns = KeptSnapshots(w.engine), 0
+        async with trio.open_nursery() as nursery:
+
+            @nursery.start_soon
+            async def take_turns() -> None:
+                nonlocal turns
+                while True:
+                    turns += 1
+                    await trio.lowlevel.checkpoint()
+
+            asked = await kept._to_ask()
+            nursery.cancel_scope.cancel()
+    assert len(asked["fake"]) == 6 * AT_A_TIME + 1
+    assert turns >= 12

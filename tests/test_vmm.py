@@ -66,11 +66,11 @@ async def test_the_steps_of_a_restore_lead_back_to_the_saved_count(kind: str, ja
                 while guest.count() < later:
                     await trio.sleep(0.01)
         saved = count_in(home_of(tmp_path, snapshot) / MEMORY[kind])
+        assert socket.is_socket()  # left over
         carry_out(snapshot.restore, RestoreAction.RUN)
         option = restore_option(snapshot.restore)
-        async with running_guest(
-            kind, tmp_path, chroot=chroot, socket=socket, restore=option, empty=True, wait=False
-        ) as restored:
+        given: dict[str, Any] = {"socket": socket, "restore": option, "keep_socket": True, "empty": True}
+        async with running_guest(kind, tmp_path, chroot=chroot, wait=False, **given) as restored:
             assert restored.count() == saved
             assert restored.state() in ("Paused", "Not started")
             carry_out(snapshot.restore, RestoreAction.MONITOR)
@@ -254,6 +254,13 @@ async def test_preparing_counts_memory_and_the_data_of_disks(kind: str, tmp_path
         ({"memory": {"size": MIB, "file": "/dev/shm/web-1", "shared": True}}, "shared file.*shared=off"),
         ({"memory": {"size": 0, "zones": [{"size": MIB, "file": "/x", "shared": True}]}}, "shared file"),
         ({"disks": [{"id": "d0", "vhost_user": True, "vhost_socket": "/run/x"}]}, "d0 is served by another process"),
+        (
+            {"disks": [{"id": "d0", "vhost_user": True, "vhost_socket": "/run/x", "readonly": True}]},
+            "disk d0 is served",
+        ),
+        ({"fs": [{"tag": "share", "socket": "/run/fs"}]}, "shared directory 'share'.*vhost-user.*restore hangs"),
+        ({"net": [{"id": "n0", "vhost_user": True, "vhost_socket": "/run/n"}]}, "network device n0 is served by"),
+        ({"generic_vhost_user": [{"id": "g0", "socket": "/run/g", "virtio_id": 26}]}, "device g0 is served by"),
         ({"pmem": [{"id": "p0", "file": "/dev/null"}]}, "neither a file nor a block device"),
     ],
 )
@@ -270,7 +277,6 @@ async def test_what_could_not_be_restored_is_refused_before_the_freeze(
 @pytest.mark.parametrize(
     ("config", "told"),
     [
-        ({"fs": [{"tag": "share", "socket": "/run/fs"}]}, "'share' is no part of the snapshot"),
         ({"net": [{"id": "net1", "fds": [3]}]}, "net1 were given as descriptors"),
     ],
 )
@@ -293,6 +299,10 @@ async def test_firecracker_drives_of_other_processes_and_tracked_pages_are_told(
     drives = [{"drive_id": "d0", "is_root_device": True, "socket": "/run/x"}]
     async with running(FIRECRACKER, tmp_path) as (guest, backend):
         config = guest.ask("GET", "/vm/config")[1]
+        guest.fail({"request": "GET /vm/config", "status": 200, "body": {**config, "drives": drives}})
+        with pytest.raises(Unsupported, match="d0 is served by another process"):
+            await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+        drives[0]["is_read_only"] = True
         guest.fail({"request": "GET /vm/config", "status": 200, "body": {**config, "drives": drives}})
         with pytest.raises(Unsupported, match="d0 is served by another process"):
             await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)

@@ -88,13 +88,38 @@ def test_a_manifest_is_written_whatever_text_is_in_it(tmp_path: Path) -> None:
 async def test_an_overlay_is_captured_with_a_warning_and_its_base_in_the_manifest(tmp_path: Path) -> None:
     top = qcow2(tmp_path / "top.qcow2", b"/images/base.qcow2")
     disks = [(make_disk(tmp_path / "root.raw"), "rw"), (top, "rw")]
-    async with running(CLOUD_HYPERVISOR, tmp_path, disks=disks, tick_s=3600, wait=False) as (guest, backend):
+    given: dict[str, Any] = {"disks": disks, "tick_s": 3600, "wait": False, "version": "54.0"}
+    async with running(CLOUD_HYPERVISOR, tmp_path, **given) as (guest, backend):
         ready = await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
         assert f"{top} is an overlay" in ready.warnings[0]
         assert "/images/base.qcow2 as it is now" in ready.warnings[0]
         await published(backend, guest)
     (manifest,) = (tmp_path / "catalog").glob("*/*/manifest.json")
     assert '"backing": "/images/base.qcow2"' in manifest.read_text()
+
+
+@pytest.mark.parametrize("version", ["51.1", "53.0", "v53.0-12-gabc", "", "new"])
+async def test_an_image_of_which_the_vmm_may_keep_part_in_its_memory_is_refused(version: str, tmp_path: Path) -> None:
+    disks = [(make_disk(tmp_path / "root.raw"), "rw"), (qcow2(tmp_path / "data", None), "rw")]
+    given: dict[str, Any] = {"disks": disks, "tick_s": 3600, "wait": False, "version": version}
+    async with running(CLOUD_HYPERVISOR, tmp_path, **given) as (guest, backend):
+        with pytest.raises(Unsupported, match=r"data: Cloud Hypervisor .* tables of a qcow2 image.*Use a raw disk"):
+            await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+        with pytest.raises(CaptureFailed, match="tables of a qcow2 image"):
+            await published(backend, guest)
+        assert guest.state() == "Running"
+
+
+async def test_an_image_that_the_guest_only_reads_and_one_that_is_written_down_whole_are_captured(
+    tmp_path: Path,
+) -> None:
+    image = qcow2(tmp_path / "data", None)
+    for mode, version in (("ro", "51.1"), ("rw", "54.0"), ("rw", "v54.1")):
+        disks = [(make_disk(tmp_path / "root.raw"), "rw"), (image, mode)]
+        given: dict[str, Any] = {"disks": disks, "tick_s": 3600, "wait": False, "version": version}
+        async with running(CLOUD_HYPERVISOR, tmp_path / f"{mode}{version}", **given) as (guest, backend):
+            await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+            assert (await published(backend, guest)).size_bytes > 0
 
 
 def test_one_file_that_is_two_drives_is_one_disk_and_links_lead_to_it(tmp_path: Path) -> None:

@@ -1,18 +1,22 @@
 """Whatever a guest's user puts in the place of its disks: what is copied is the guest's disk, or nothing."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import trio
+from structlog.typing import EventDict
 
 from hypemand.backends import registry
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, Surroundings, Unsupported
+from hypemand.backends.vmm import guests as guests_module
 from hypemand.backends.vmm.disks import locked, read_disk, signs_of
 from hypemand.backends.vmm.handles import files_of_process
 from hypemand.core.model import InstanceId, InstanceState, RestoreAction, SnapshotKind
-from tests.vmm_backend import captured, carry_out, frozen, opened, published, request
+from tests.vmm_backend import captured, carry_out, opened, published, request, run_of
+from tests.vmm_backend import frozen as make_frozen
 from tests.vmm_guest import CLOUD_HYPERVISOR, FIRECRACKER, KINDS, Guest, make_disk, running_guest
 
 both = pytest.mark.parametrize("kind", KINDS)
@@ -103,6 +107,43 @@ def test_a_directory_that_becomes_a_link_after_the_look_leads_nowhere_else(tmp_p
         read_disk(found, root=root)
 
 
+async def test_what_finished_runs_left_in_a_chroot_goes_with_the_next_capture(
+    chroot: Path, tmp_path: Path, heard_log: list[EventDict]
+) -> None:
+    left = [chroot / ".hypemand-old", chroot / ".hypemand-link", chroot / ".hypemand-stays"]
+    left[0].mkdir()
+    (left[0] / "memory").write_bytes(b"secret")
+    left[1].symlink_to(tmp_path)
+    left[2].write_bytes(b"no directory")
+    async with running_guest(FIRECRACKER, tmp_path, chroot=chroot) as guest, opened(guest, tmp_path) as backend:
+        await published(backend, guest)
+    assert list(chroot.glob(".hypemand*")) == [left[2]]
+    assert (tmp_path / "secret").read_text() == SECRET
+    (told,) = [entry for entry in heard_log if entry["log_level"] == "error"]
+    assert (told["path"], "remove it by hand" in told["event"]) == (str(left[2]), True)
+
+
+async def test_memory_that_can_not_be_removed_from_a_chroot_keeps_the_run_open(
+    chroot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(1, "Operation not permitted", str(path))
+
+    async with running_guest(FIRECRACKER, tmp_path, chroot=chroot) as guest, opened(guest, tmp_path) as backend:
+        made = await captured(backend, guest)
+        with monkeypatch.context() as patched:
+            patched.setattr(shutil, "rmtree", refuse)
+            with pytest.raises(BackendUnavailable, match=r"\.hypemand-run-1: Operation not permitted"):
+                await backend.complete(made)
+        with monkeypatch.context() as patched:
+            patched.setattr(guests_module, "remove", refuse)
+            with pytest.raises(BackendUnavailable, match=r"\.hypemand-run-1: Operation not permitted"):
+                await backend.settle(run_of(backend, guest), ours=False)
+        await backend.settle(run_of(backend, guest), ours=False)
+        assert not (chroot / ".hypemand-run-1").exists()
+        assert await guest.ticks()
+
+
 def stopped_backend(chroot: Path, tmp_path: Path) -> Backend:
     jail = str(chroot).replace(WEB, "{instance}")
     settings = {
@@ -182,7 +223,7 @@ async def test_a_pipe_among_the_disks_is_refused_and_keeps_nobody_waiting(
 
 async def test_a_guests_disk_is_held_while_it_is_captured_and_let_go_after(tmp_path: Path) -> None:
     async with running_guest(CLOUD_HYPERVISOR, tmp_path) as guest, opened(guest, tmp_path) as backend:
-        asked = await frozen(backend, guest)
+        asked = await make_frozen(backend, guest)
         assert _is_open(guest)
         made = await backend.capture(WEB, asked)
         await backend.resume(WEB)

@@ -37,9 +37,10 @@ def steps_of(
     chroot: str | None = None,
     kind: SnapshotKind = SnapshotKind.STANDBY,
 ) -> tuple[RestoreStep, ...]:
-    file = Path(disk)
-    contents = Contents([Disk("root", file, 1, 1)], {f"0-{file.name}": 1}, dict.fromkeys(dialect.saved, 1))
-    way = Way(dialect, Path(catalog) / WEB / ID, Path(socket), writer, None if chroot is None else Path(chroot))
+    file, root = Path(disk), None if chroot is None else Path(chroot)
+    drive = Disk("root", file, 1, 1, root=root, owner=(110, 114) if writer is GUESTS else None, mode="640")
+    contents = Contents([drive], {f"0-{file.name}": 1}, dict.fromkeys(dialect.saved, 1))
+    way = Way(dialect, Path(catalog) / WEB / ID, Path(socket), writer, root)
     return manifest_of(WEB, request(ID, kind), contents, way, Identity()).restore
 
 
@@ -76,8 +77,18 @@ def test_the_page_has_the_steps_below_the_jailer() -> None:
 def test_the_vmms_user_is_let_in_where_it_has_to_be(uid: int, wanted: str | None) -> None:
     writer = Writer(Peer(1, uid, 114))
     steps = steps_of(CloudHypervisor(), "/s", "/d/root.raw", "/run/web-1.sock", writer=writer)
-    others = [command for command in commands(steps, RestoreAction.RUN) if not command.startswith("cp ")]
+    others = [command for command in commands(steps, RestoreAction.RUN) if not command.startswith(("cp ", "rm "))]
     assert others == ([] if wanted is None else [f"{wanted} /s/web-1/{ID}/vmm"])
+
+
+def test_a_disk_is_given_back_to_its_user_unless_that_is_root_or_not_known() -> None:
+    disk = Disk("d", Path("/d/d.raw"), 1, 1)
+    way = Way(Firecracker(), Path("/s"), Path("/run/x"), Writer(None), None)
+    asked = request(ID, SnapshotKind.STOPPED)
+    for owner, wanted in ((None, []), ((0, 0), []), ((7, 8), ["chown -h 7:8 /d/d.raw"])):
+        contents = Contents([evolve(disk, owner=owner)], {"0-d.raw": 1}, {})
+        (_, *back) = commands(manifest_of(WEB, asked, contents, way, Identity()).restore, RestoreAction.RUN)
+        assert back == wanted
 
 
 def test_paths_with_spaces_and_devices_are_put_back_as_they_are() -> None:

@@ -13,13 +13,15 @@ from pathlib import Path
 import pytest
 import trio
 
+from hypemand.backends import copying
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.catalog import Catalog
+from hypemand.backends.vmm import rooms
 from hypemand.backends.vmm.client import Peer
 from hypemand.backends.vmm.rights import Writer, open_own, take_back
 from hypemand.core.model import RestoreAction, SnapshotKind
-from tests.vmm_backend import captured, carry_out, frozen, opened, published, run_of
-from tests.vmm_guest import FIRECRACKER, KINDS, MIB, Guest, make_disk, running_guest
+from tests.vmm_backend import captured, carry_out, frozen, opened, published, request, run_of
+from tests.vmm_guest import CLOUD_HYPERVISOR, FIRECRACKER, KINDS, MIB, Guest, make_disk, running_guest
 
 both = pytest.mark.parametrize("kind", KINDS)
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="it takes root to run something as another user")
@@ -96,6 +98,36 @@ async def test_a_vmm_that_could_not_get_into_the_catalog_is_refused_before_the_f
         assert await guest.ticks()
 
 
+async def test_a_vmm_that_gets_into_the_catalog_but_not_to_its_snapshots_is_refused_too(place: Path) -> None:
+    (place / "catalog").mkdir()
+    (place / "catalog").chmod(0o711)
+    async with foreign(FIRECRACKER, place) as (guest, backend):
+        with pytest.raises(Unsupported, match=rf"user {USER}, which can't get into {place}/catalog/web-1 .mode 700"):
+            await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+
+
+@pytest.mark.parametrize("theirs", [False, True])
+async def test_a_group_that_is_set_later_gets_into_what_was_made_before(theirs: bool, place: Path) -> None:
+    Catalog(place / "catalog").open(first_use=True)
+    home = Catalog(place / "catalog").begin("web-1", "run-0").parent  # type: ignore[arg-type]
+    os.chown(place / "catalog", 0, USER)
+    (place / "catalog").chmod(0o2710)
+    if theirs:
+        os.chown(home, OURS, OURS)
+    async with foreign(FIRECRACKER, place, snapshot_group=str(USER)) as (guest, backend):
+        if theirs:
+            with pytest.raises(Unsupported, match=rf"can't get into {home} .mode 700"):
+                await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+            return
+        await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+        assert stat.S_IMODE(home.stat().st_mode) == 0o700  # that changes nothing
+        await published(backend, guest)
+        assert (stat.S_IMODE(home.stat().st_mode), home.stat().st_gid) == (0o2710, USER)
+        home.chmod(0o2775)
+        await published(backend, guest, request("run-2"))
+        assert stat.S_IMODE(home.stat().st_mode) == 0o2775
+
+
 @both
 async def test_a_vmm_that_its_own_save_would_end_is_refused_and_lives_on(kind: str, tmp_path: Path) -> None:
     async with running_guest(kind, tmp_path, memory=2 * MIB, fsize=MIB) as guest, opened(guest, tmp_path) as backend:
@@ -119,6 +151,7 @@ async def test_a_group_that_is_not_there_is_told_by_its_name(place: Path) -> Non
 async def test_below_the_jailer_the_vmm_gets_a_directory_of_its_own(place: Path) -> None:
     chroot = place / "jail" / "web-1" / "root"
     disk = make_disk(chroot / "root.raw")
+    disk.chmod(0o640)
     for path in (disk, chroot):
         os.chown(path, USER, USER)
     home = place / "web-1"
@@ -141,8 +174,20 @@ async def test_below_the_jailer_the_vmm_gets_a_directory_of_its_own(place: Path)
         snapshot = await published(backend, guest)
     assert not list(chroot.glob(".hypemand*"))
     assert {user for _, user in modes(place / "catalog" / "web-1" / snapshot.id).values()} == {0}
+    disk.unlink()
+    (chroot / "root.raw").symlink_to(place / "of-the-host")
+    (place / "of-the-host").write_text("not to be touched")
+    made_by_the_jailer = [chroot / "dev" / "kvm", chroot / "dev" / "net" / "tun", chroot / "jail.pid"]
+    for path in made_by_the_jailer:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
     carry_out(snapshot.restore, RestoreAction.RUN)
     assert set(modes(chroot / f"restored-{snapshot.id}").values()) == {(0o700, USER), (0o600, USER)}
+    assert not [path for path in (*made_by_the_jailer, socket) if path.exists()]
+    assert (place / "of-the-host").read_text() == "not to be touched"
+    status = disk.lstat()
+    assert (stat.S_ISREG(status.st_mode), status.st_uid, status.st_gid) == (True, USER, USER)
+    assert stat.S_IMODE(status.st_mode) == 0o640
 
 
 async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: Path, tmp_path: Path) -> None:
@@ -158,6 +203,7 @@ async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: 
             made = await backend.capture(guest.instance_id, asked)
             await backend.resume(guest.instance_id)
             whole = await backend.complete(made)
+            assert not room.exists()
             await backend.publish(whole.snapshot)
             assert list(chroot.glob(".hypemand*")) == []
         home = tmp_path / "catalog" / "web-1" / whole.snapshot.id
@@ -166,6 +212,64 @@ async def test_a_catalog_on_another_filesystem_gets_the_jailed_files_too(place: 
         ]
     finally:
         subprocess.run(["rm", "-r", shared], check=True)
+
+
+@pytest.mark.parametrize(
+    ("rules", "may"),
+    [
+        ([], False),
+        (None, False),
+        ([{"path": "{}/catalog", "access": "r"}], False),
+        ([{"path": "{}/catalog/web-1", "access": "rw"}], False),
+        ([{"path": "{}/cat", "access": "rw"}], False),
+        ([{"path": "/nowhere", "access": "r"}, {"path": "{}/catalog", "access": "rw"}], True),
+        ([{"path": "{}", "access": "w"}], True),
+    ],
+)
+async def test_a_vmm_that_landlock_keeps_from_its_snapshots_is_refused_before_the_freeze(
+    rules: list[dict[str, str]] | None, may: bool, tmp_path: Path
+) -> None:
+    given = rules and [{**rule, "path": rule["path"].format(tmp_path)} for rule in rules]
+    for enabled in (True, False):
+        config = {"landlock_enable": enabled, "landlock_rules": given}
+        directory = tmp_path / str(enabled)
+        async with (
+            running_guest(CLOUD_HYPERVISOR, directory, config=config, wait=False) as guest,
+            opened(guest, tmp_path) as backend,
+        ):
+            if may or not enabled:
+                assert (await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)).warnings == ()
+                continue
+            with pytest.raises(Unsupported, match=rf"--landlock-rules path={tmp_path}/catalog,access=rw"):
+                await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)
+
+
+async def test_room_for_memory_is_let_go_of_only_as_the_memory_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copying, "CHUNK", MIB)
+    monkeypatch.setattr(rooms, "AHEAD", 2 * MIB)
+    source, target, room = tmp_path / "memory", tmp_path / "copy", tmp_path / "room"
+    source.write_bytes(os.urandom(16 * MIB))
+    rooms.reserve(room, 17 * MIB)
+    taken = []
+    real = os.truncate
+
+    def watched(path: Path, size: int) -> None:
+        taken.append((target.stat().st_blocks if target.exists() else 0) * 512 + size)
+        real(path, size)
+
+    def not_shared(*_: object) -> bool:
+        return False
+
+    monkeypatch.setattr(os, "truncate", watched)
+    monkeypatch.setattr(copying, "_reflinked", not_shared)
+    await copying.copy_file(source, target, meter=rooms.Exchange(room, 16 * MIB))
+    assert len(taken) > 10
+    assert all(13 * MIB <= size <= 17 * MIB for size in taken[1:-2])
+    assert room.stat().st_size == 0
+    assert rooms.Exchange(tmp_path / "none", 1).done_bytes == 0  # where one mount is seen as two, there is none
+    assert target.read_bytes() == source.read_bytes()
 
 
 def test_what_the_vmm_left_that_is_no_file_is_not_taken_over(place: Path) -> None:

@@ -170,6 +170,7 @@ async def running_guest(
     chroot: Path | None = None,
     memory: int = MIB,
     restore: str | None = None,
+    keep_socket: bool = False,
     wait: bool = True,
     **options: Any,
 ) -> AsyncIterator[Guest]:
@@ -180,6 +181,7 @@ async def running_guest(
         disks: Files and "rw" or "ro"; its own disk alone, if None.
         chroot: Its root directory; disks are below it.
         restore: The option ``--restore`` of Cloud Hypervisor.
+        keep_socket: Whether one that was left over stays, with which a VMM does not start.
         wait: Whether to wait until it counts, or only until the VMM listens.
         options: Of `tests.vmm_server.server.Options`.
     """
@@ -192,7 +194,8 @@ async def running_guest(
     # Not below directory, unless wanted: a unix socket's path has 107 bytes at most.
     with tempfile.TemporaryDirectory(prefix="hypemand-") as short:
         socket = socket or Path(short) / f"{instance_id}.sock"
-        socket.unlink(missing_ok=True)
+        if not keep_socket:
+            socket.unlink(missing_ok=True)
         given = {
             "socket": str(socket),
             "home": str(home),

@@ -143,7 +143,7 @@ def _beside_polling(ours: Sequence[Flood], count: int) -> list[Row]:
             title=f"{count:,} due at once, hypervisor called",
             ours=[flood.called_s for flood in ours],
             peer=f"polling loop, simulated, {short(1000 * run_s)} ms a run",
-            theirs=[polled_anywhere(count, run_s)],
+            theirs=[polled_anywhere(count, run_s, phases=5)],
         )
         for key, run_s in (("at-once", own_s), ("snapshots", SNAPSHOT_S))
     ]

@@ -187,8 +187,17 @@ def late_row(
         checked=checked,
         luck_below=luck_below,
         note=note,
-        detail={"hypemand": [one.text() for one in mine], "peer": [one.text() for one in others]},
+        detail={
+            "hypemand": [one.text() for one in mine],
+            "peer": [one.text() for one in others],
+            "hypemand_ms": _rounded(ours),
+            "peer_ms": _rounded(theirs),
+        },
     )
+
+
+def _rounded(rounds: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(1000 * late, 2) for late in one] for one in rounds]
 
 
 def _ms(late_s: Sequence[float]) -> Spread:

@@ -55,6 +55,7 @@ async def measure(setting: Setting) -> Sequence[Row]:
         peer=PEER,
         theirs=median(1000 * flood.cpu_s / count for flood in theirs) if theirs else None,
         checked=True,
+        note="" if theirs else NO_APSCHEDULER,
         detail=_each(ours, theirs, lambda flood: 1000 * flood.cpu_s / count),
     )
     return [rates, cpu]

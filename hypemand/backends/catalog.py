@@ -20,7 +20,7 @@ import orjson
 import structlog
 from attrs import Factory, frozen
 
-from hypemand.backends.base import BackendUnavailable
+from hypemand.backends.base import BackendError, BackendUnavailable
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Extra, InstanceId, RestoreStep, Snapshot, SnapshotKind
 from hypemand.core.structure import new_converter, structure
@@ -142,7 +142,10 @@ class Catalog:
         self.check()
         partial = self.partial(instance, snapshot_id)
         shutil.rmtree(partial, ignore_errors=True)
-        self._make(partial.parent)
+        if partial.parent.is_dir():
+            self._let_in(partial.parent)
+        else:
+            self._make(partial.parent)
         partial.mkdir(mode=self.mode & 0o777)
         self._open_up(partial)
         return partial
@@ -152,8 +155,30 @@ class Catalog:
             directory.mkdir(mode=self.mode & 0o777, parents=True, exist_ok=True)
             self._open_up(directory)
 
+    def _let_in(self, directory: Path) -> None:
+        """Open *directory*, if it is ours, to whom it was not open when it was made. It is closed to nobody."""
+        status = directory.stat()
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid != os.geteuid():
+            return
+        self._give_to_group(directory)
+        if mode & self.mode & 0o777 == self.mode & 0o777:
+            return
+        try:
+            directory.chmod(mode | self.mode)
+        except PermissionError:  # the service's sandbox forbids to set that bit
+            if mode & stat.S_ISGID:
+                raise
+            directory.chmod((mode | self.mode) & 0o777)
+
     def _open_up(self, directory: Path) -> None:
         """For a hypervisor that runs as another user."""
+        self._give_to_group(directory)
+        # The service's sandbox forbids to set the bit by which a directory hands on its group; it is handed on itself.
+        if stat.S_IMODE(directory.stat().st_mode) not in (self.mode, self.mode | stat.S_ISGID):
+            directory.chmod(self.mode)
+
+    def _give_to_group(self, directory: Path) -> None:
         if self.group is not None:
             try:
                 shutil.chown(directory, group=int(self.group) if self.group.isdecimal() else self.group)
@@ -162,17 +187,14 @@ class Catalog:
             except OSError:  # in a user namespace a directory can have the group of the one above alone
                 if not directory.stat().st_mode & stat.S_ISGID:
                     raise
-        # The service's sandbox forbids to set the bit by which a directory hands on its group; it is handed on itself.
-        if stat.S_IMODE(directory.stat().st_mode) not in (self.mode, self.mode | stat.S_ISGID):
-            directory.chmod(self.mode)
 
     def home(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a complete snapshot lives."""
-        return self.root / instance / snapshot_id
+        return self.root / _named(instance) / _named(snapshot_id)
 
     def partial(self, instance: InstanceId, snapshot_id: str) -> Path:
         """Where a snapshot is built."""
-        return self.root / instance / f".{snapshot_id}.partial"
+        return self.root / _named(instance) / f".{_named(snapshot_id)}.partial"
 
     def draft(self, instance: InstanceId, snapshot_id: str) -> Manifest | None:
         """The manifest of an unpublished snapshot, or None where it has none."""
@@ -232,6 +254,17 @@ class Catalog:
                 _log.warning(
                     "deleted snapshot still takes space; tried again later", path=str(leftover), error=str(error)
                 )
+
+
+def _named(name: str) -> str:
+    """*name*, which leads to no other directory than the one of that name.
+
+    Raises:
+        BackendError: It would.
+    """
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise BackendError(f"{name!r} can't name anything in a catalog")
+    return name
 
 
 def _remove(directory: Path) -> None:

@@ -28,6 +28,9 @@ _STATES = {
 }
 _NO_VM = re.compile(r"not created|VmNotCreated|config is missing|VmMissingConfig", re.IGNORECASE)
 _PAUSED_ALREADY = re.compile(r"\bPaused\b\W+(to\W+)?Paused\b")
+_VERSION = re.compile(r"v?(\d+)\.")
+_WRITES_TABLES = 54
+"""The first version that does so for a pause (its pull request 8607, of July 2026, after 53.0)."""
 _DEVICES = {
     "devices": "devices of the host (VFIO)",
     "user_devices": "devices of other processes (vfio-user)",
@@ -46,6 +49,17 @@ class CloudHypervisor:
     memory_file: str = "memory-ranges"
     documents: tuple[str, ...] = ("config.json", "state.json")
     knows_qcow2: bool = True
+
+    def why_no_qcow2(self, version: str) -> str | None:
+        """Until 53 it had an image's newest tables in its memory alone, until the guest flushed or shut down."""
+        known = _VERSION.match(version)
+        if known is not None and int(known[1]) >= _WRITES_TABLES:
+            return None
+        return (
+            f"Cloud Hypervisor {version or 'of an unknown version'} does not write the tables of a qcow2 image when it"
+            f" pauses a guest (since {_WRITES_TABLES}.0 it does): a copy would lack what the guest has written. Use a"
+            " raw disk (image_type=raw), or a newer version"
+        )
 
     async def look(self, client: Client) -> Look:
         """By ``vm.info``, which is an error where the process has no VM yet, or no more."""
@@ -109,7 +123,15 @@ def _machine(info: Mapping[str, Any]) -> Machine:
         least_memory_bytes=sum(_number(part.get("size")) for part in (memory, *tables(memory.get("zones")))),
         refusals=tuple(_refusals(config)),
         warnings=tuple(_warnings(config)),
+        may_write=tuple(_landlock(config)) if config.get("landlock_enable") else None,
     )
+
+
+def _landlock(config: Mapping[str, Any]) -> Iterator[str]:
+    """Its own files are allowed beside them, of which none is a directory."""
+    for rule in tables(config.get("landlock_rules")):
+        if "w" in str(rule.get("access")):
+            yield str(rule.get("path"))
 
 
 def _disk(disk: Mapping[str, Any]) -> Drive:
@@ -139,6 +161,11 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
     for key, what in _DEVICES.items():
         if tables(config.get(key)):
             yield f"Cloud Hypervisor makes no snapshots of a guest with {what}: detach them"
+    for what in _vhost_user(config):
+        yield (
+            f"{what} is served by another process (vhost-user), whose state is in no snapshot: a restore hangs, or the"
+            " capture does harm. Take it away, or have it without vhost-user"
+        )
     memory = table(config.get("memory"))
     for zone in (memory, *tables(memory.get("zones"))):
         if zone.get("file") and zone.get("shared"):
@@ -148,12 +175,20 @@ def _refusals(config: Mapping[str, Any]) -> Iterator[str]:
             )
 
 
-def _warnings(config: Mapping[str, Any]) -> Iterator[str]:
+def _vhost_user(config: Mapping[str, Any]) -> Iterator[str]:
+    """Devices of which only the front is the VMM's."""
     for share in tables(config.get("fs")):
-        yield (
-            f"what is in the shared directory {share.get('tag')!r} is no part of the snapshot;"
-            " after a restore the guest has to mount it anew"
-        )
+        yield f"the shared directory {share.get('tag')!r} (fs)"
+    for key in ("generic_vhost_user", "generic-vhost-user"):
+        for device in tables(config.get(key)):
+            yield f"device {device.get('id') or device.get('socket')}"
+    for key, what in (("net", "network device"), ("disks", "disk")):
+        for device in tables(config.get(key)):
+            if device.get("vhost_user") or device.get("vhost_socket"):
+                yield f"{what} {device.get('id') or device.get('vhost_socket')}"
+
+
+def _warnings(config: Mapping[str, Any]) -> Iterator[str]:
     if nets := [str(net.get("id")) for net in tables(config.get("net")) if net.get("fds")]:
         yield f"network devices {', '.join(nets)} were given as descriptors: a restore needs new ones (net_fds)"
 

@@ -99,6 +99,11 @@ class Firecracker:
     documents: tuple[str, ...] = ()
     knows_qcow2: bool = False
 
+    def why_no_qcow2(self, version: str) -> str | None:
+        """It has none."""
+        del version
+        return None
+
     async def look(self, client: Client) -> Look:
         """By the instance info."""
         word = str(table(await client.get("/")).get("state"))
@@ -153,6 +158,12 @@ def _machine(config: Mapping[str, Any]) -> Machine:
         drives=(*map(_drive, tables(config.get("drives"))), *map(_pmem, tables(config.get("pmem")))),
         memory_bytes=mebibytes * _MIB,
         least_memory_bytes=(size if isinstance(size, int) else 0) * _MIB,
+        refusals=tuple(
+            f"drive {drive.get('drive_id')} is served by another process (vhost-user): Firecracker makes no"
+            " snapshots of it. Attach it by its path"
+            for drive in tables(config.get("drives"))
+            if drive.get("socket")
+        ),
         warnings=(_TRACKED,) if table(config.get("machine-config")).get("track_dirty_pages") else (),
     )
 

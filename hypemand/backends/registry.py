@@ -6,7 +6,6 @@ module; others come from the entry-point group ``hypemand.backends``.
 
 from collections.abc import Mapping
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import Any, cast
 
 from hypemand.backends.base import Backend, BackendType, Surroundings
@@ -33,7 +32,8 @@ def backend_type(type_name: str) -> BackendType:
     """
     if type_name in BUILT_IN:
         return cast("BackendType", import_module(BUILT_IN[type_name]).TYPE)
-    others = entry_points(group=ENTRY_POINT_GROUP)
+    # Looked for where it is needed alone: its own import takes as long as all of this package.
+    others = import_module("importlib.metadata").entry_points(group=ENTRY_POINT_GROUP)
     if type_name in others.names:
         return cast("BackendType", others[type_name].load())
     known = ", ".join(sorted({*BUILT_IN, *others.names}))

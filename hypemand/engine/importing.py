@@ -86,6 +86,8 @@ async def _brought_in(requests: Requests, wanted: Schedule, wish: Wish) -> Impor
     present = store.schedules.get(instance)
     differing = [] if present is None else differences(present, wanted)
     if present is not None and not differing:
+        if not wish.dry_run and not store.is_written(instance):
+            await _put(requests, present)  # whoever deletes theirs relies on it to be durable
         return Imported(Outcome.UNCHANGED)
     if present is not None and not wish.replace:
         return Imported(Outcome.DIFFERS, f"the schedule that is there has another {', '.join(differing)}")

@@ -147,6 +147,8 @@ class Recovery:
         return any(map(self._may_be_frozen, self.runlog.open_runs))
 
     def _may_be_frozen(self, run: RunStarted) -> bool:
+        if run.freezes is Freezer.HYPERVISOR:  # some thaw by themselves, others not once their daemon was killed
+            return self._is_recent(run)
         return run.freezes is Freezer.ENGINE and self.is_ours(run)
 
     def is_ours(self, run: RunStarted) -> bool:
@@ -155,6 +157,10 @@ class Recovery:
             return run.run_id in self.frozen
         if run.run_id in self.left_open and self.left_open[run.run_id].thawed:
             return False
+        return self._is_recent(run)
+
+    def _is_recent(self, run: RunStarted) -> bool:
+        """Whether it began in this boot, or was to be over not long ago."""
         if run.boot_id and run.boot_id == self.boot_id:
             return True
         deadline = run.started_at + timedelta(seconds=run.max_freeze_s)

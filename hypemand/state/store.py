@@ -203,6 +203,10 @@ class Store:
         self._schedules[schedule.instance_id] = schedule
         self.unsaved.add(schedule.instance_id)
 
+    def is_written(self, instance: InstanceId) -> bool:
+        """Whether its schedule is on the disk as it is in force, for sure."""
+        return instance not in self.unsaved and not self._lock(instance).locked()
+
     async def put(self, schedule: Schedule) -> None:
         """Make *schedule* the one in force, and write it.
 

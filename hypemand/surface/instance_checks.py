@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
+import structlog
 import trio
 from attrs import define, field
 
@@ -15,6 +16,7 @@ AT_ONCE = 16
 ANSWER_WITHIN_S = 5.0
 ALL_WITHIN_S = 28.0
 MOST_TOLD = 20
+_log = structlog.get_logger()
 
 
 @define
@@ -58,6 +60,9 @@ class InstanceChecks:
                 ready = await self._prepared(instance, backend)
             except BackendError as error:
                 self._found[instance] = [str(error)]
+            except Exception as error:  # noqa: BLE001 - a bug in one backend keeps no other from being checked
+                _log.exception("internal error of a backend", backend=backend.name, instance_id=instance)
+                self._found[instance] = [f"internal error: {error!r}"]
             else:
                 self._found[instance] = [*ready.warnings, *ready.advice]
 

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import structlog
 import trio
 from attrs import Factory, evolve, field, frozen
 
@@ -29,9 +30,9 @@ from hypemand.backends.base import (
 )
 from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.hypeman import drafts as writing
-from hypemand.backends.hypeman.documents import RUN_TAG, Kept, StrangeAnswerError, guests_of, kept_of
+from hypemand.backends.hypeman.documents import RUN_TAG, Guest, Kept, StrangeAnswerError, guests_of, kept_of
 from hypemand.backends.hypeman.drafts import Drafts
-from hypemand.backends.hypeman.guests import Guests, checked
+from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, checked
 from hypemand.backends.hypeman.listing import Listing
 from hypemand.backends.hypeman.server import Answer, NotSentError, Server
 from hypemand.backends.hypeman.settings import HypemanSettings
@@ -41,10 +42,7 @@ from hypemand.core.errors import RuleBroken
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
 from hypemand.core.naming import TAGS_MAX, check_instance_id, scheduled_tags
 
-OWN_SCHEDULE = (
-    "the Hypeman server has a schedule of its own for {}: it takes snapshots, too, and its retention deletes"
-    " hypemand's; have it taken over: hypemand import-hypeman --take-over"
-)
+_log = structlog.get_logger()
 _OWN_TAGS = len(scheduled_tags(InstanceId("any"), {})) + 1
 _NOT_SUPPORTED = "not_supported"
 _EXPECTED = {
@@ -67,6 +65,8 @@ class HypemanBackend:
     _listing: Listing = field(
         init=False, default=Factory(lambda self: Listing(self.server, self._drafts, self._guests), takes_self=True)
     )
+    _asked: dict[str, Manifest | None] = field(init=False, factory=dict)
+    """By run: what this process has asked for, should the catalog be lost meanwhile; None: nothing yet."""
     _brought_back: dict[str, float | None] = field(init=False, factory=dict)
 
     @property
@@ -102,14 +102,13 @@ class HypemanBackend:
         """Which names are taken. Where the snapshots go, and how much room there is, the server alone knows."""
         await self._drafts.do(self.catalog.check)
         taken = [kept.name for kept in await self._listing.on_server(checked(instance))]
-        warnings: tuple[str, ...] = ()
-        if await self._listing.has_own_schedule(instance):
-            warnings = (OWN_SCHEDULE.format(instance),)
-        return Preparation(taken_names=frozenset(taken), warnings=warnings)
+        warning = await self._listing.schedule_warning(instance)
+        return Preparation(taken_names=frozenset(taken), warnings=(warning,) if warning else ())
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
-        """There is nothing to make ready."""
-        del instance, request
+        """Nothing has to be made ready, but that it is known to have been asked for nothing yet."""
+        del instance
+        self._asked[request.run_id] = None
         await trio.lowlevel.checkpoint()
 
     async def pause(self, instance: InstanceId, request: CaptureRequest) -> None:
@@ -131,27 +130,32 @@ class HypemanBackend:
                 f"the schedule's metadata has {len(tags) - _OWN_TAGS} tags: a Hypeman server takes {TAGS_MAX} with a"
                 f" snapshot, {_OWN_TAGS} of which are hypemand's, so take {most} at most"
             )
-        await self._uncut.over(instance)
+        self._asked.setdefault(request.run_id)
         await self._check_state(instance, request)
         draft = writing.new_draft(instance, request)
         await self._drafts.begin(draft)
         body = {"kind": request.kind.value, "name": request.name, "tags": tags}
         began = trio.current_time()
+        self._asked[draft.id] = draft
         try:
             answer = await self._uncut.do(
-                instance, partial(self.server.have_done, f"/instances/{instance}/snapshots", body)
+                instance,
+                partial(self.server.have_done, f"/instances/{instance}/snapshots", body),
+                on_its_way_s=ON_ITS_WAY_S,
             )
         except NotSentError:
+            self._asked[draft.id] = None
             await self._drafts.do(self.catalog.discard, instance, request.run_id)
             raise
         took_s = trio.current_time() - began
         whole = writing.completed(draft, await self._kept(answer, draft), self.settings)
         await self._drafts.rewrite(whole)
+        del self._asked[draft.id]
         return Captured(whole.snapshot(), took_s if request.freezes is Freezer.HYPERVISOR else None)
 
     async def _check_state(self, instance: InstanceId, request: CaptureRequest) -> None:
         """Look once more: a guest that somebody has put to standby meanwhile would be taken for one to be restored."""
-        state = (await self.state(instance)).state
+        state = (await self._guests.after(instance)).status.state
         expected = (InstanceState.RUNNING,) if request.freezes is not None else _EXPECTED[request.kind]
         if state not in expected or (request.freezes is None and state is InstanceState.RUNNING):
             was = " or ".join(expected if request.freezes else [one for one in expected if one != "Running"])
@@ -185,7 +189,7 @@ class HypemanBackend:
             was_down = await self._guests.bring_back(draft.instance_id)
         except BackendError as error:
             return f"; and {error}"
-        await self._drafts.rewrite(writing.runs_again(draft))
+        await self._note_that_it_runs(draft)
         return "; the guest was left in standby, and was restored" if was_down else ""
 
     async def complete(self, captured: Captured) -> Captured:
@@ -208,26 +212,62 @@ class HypemanBackend:
         await self._listing.delete(snapshot)
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
-        """Bring the guest back if the draft says that it may be down; adopt what the server has made, or nothing."""
-        del ours  # the draft is the mark
+        """Adopt what the server has made; else bring the guest back if the draft says that it may be down."""
         instance, run_id = checked(run.instance_id), run.run_id
-        await self._uncut.over(instance)
-        draft = await self._drafts.do(self.catalog.draft, instance, run_id)
-        if draft is not None:
+        guest = None
+        with suppress(InstanceNotFound):
+            guest = await self._guests.after(instance)  # the server is sure to be done with it
+        draft, lost = await self._draft(instance, run_id)
+        kept = await self._listing.of_run(instance, run_id)
+        # The server keeps a snapshot only once it has brought the guest back: down now, it is so for somebody else.
+        if draft is not None and kept is None:
             await self._bring_back(draft)
-        kept = {one.run_id: one for one in await self._listing.on_server(instance)}.get(run_id)
+            kept = await self._listing.of_run(instance, run_id)  # the server may just have been about to be done
+        doubt = self._doubt(run, guest) if draft is None and kept is None else ""
+        if lost is not None or (doubt and ours):
+            raise BackendUnavailable("; ".join(filter(None, [lost and str(lost), doubt]))) from lost
         snapshot = await self._settle_snapshot(run, draft, kept)
-        resumed = run_id in self._brought_back
-        return Settled(snapshot, resumed=resumed, freeze_s=self._brought_back.pop(run_id, None))
+        if doubt:
+            _log.critical("look whether a guest was left in standby", instance_id=instance, run_id=run_id, error=doubt)
+        self._asked.pop(run_id, None)
+        resumed, down_s = run_id in self._brought_back, self._brought_back.pop(run_id, None)
+        return Settled(snapshot, resumed=resumed, freeze_s=down_s, notes=(doubt,) if doubt else ())
+
+    async def _draft(self, instance: InstanceId, run_id: str) -> tuple[Manifest | None, BackendUnavailable | None]:
+        """The run's draft, and why the catalog does not tell. What it has lost is written anew."""
+        try:
+            draft = await self._drafts.do(self.catalog.draft, instance, run_id)
+            if draft is None and (draft := self._asked.get(run_id)) is not None:
+                await self._drafts.begin(draft)
+        except BackendUnavailable as error:
+            return self._asked.get(run_id), error
+        return draft, None
+
+    def _doubt(self, run: RunStarted, guest: Guest | None) -> str:
+        """What to look after where nothing tells whether the server was asked for a snapshot.
+
+        The catalog was lost, or this run was ended before it asked for one, and somebody else did it.
+        """
+        if run.freezes is None or run.run_id in self._asked or guest is None or not guest.stands_still:
+            return ""
+        return (
+            f"the guest is {guest.state}, and the catalog does not tell whether it is so for this run: if nobody wants"
+            f" it so, have it restored (POST /instances/{guest.id}/restore)"
+        )
 
     async def _bring_back(self, draft: Manifest) -> None:
         with suppress(InstanceNotFound):  # then there is nothing to bring back
-            if not writing.may_be_down(draft):
-                await self._guests.look(draft.instance_id)  # only so the server is sure to be done with it
-            elif await self._guests.bring_back(draft.instance_id):
+            if writing.may_be_down(draft) and await self._guests.bring_back(draft.instance_id):
                 # What follows may fail, and the next settling has to know.
                 self._brought_back[draft.id] = writing.down_for_s(draft)
-        await self._drafts.rewrite(writing.runs_again(draft))
+        await self._note_that_it_runs(draft)
+
+    async def _note_that_it_runs(self, draft: Manifest) -> None:
+        """From here on a standby is somebody else's doing."""
+        runs = writing.runs_again(draft)
+        if draft.id in self._asked:
+            self._asked[draft.id] = runs
+        await self._drafts.rewrite(runs)
 
     async def _settle_snapshot(self, run: RunStarted, draft: Manifest | None, kept: Kept | None) -> Snapshot | None:
         instance, run_id = run.instance_id, run.run_id

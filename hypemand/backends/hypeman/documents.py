@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeGuard
 
 from attrs import frozen
 
@@ -10,6 +10,7 @@ from hypemand.backends.base import BackendUnavailable, Status
 from hypemand.core.errors import RuleBroken
 from hypemand.core.fields import check_instant
 from hypemand.core.model import InstanceState, SnapshotKind
+from hypemand.core.naming import check_instance_id
 
 RUN_TAG = "hypemand.run_id"
 """The tag by which a run finds its snapshot again."""
@@ -27,6 +28,11 @@ class Guest:
     name: str
     state: str
     detail: str = ""
+
+    @property
+    def stands_still(self) -> bool:
+        """Whether it is in the midst of its life, and does not run."""
+        return self.status.state in (InstanceState.STANDBY, InstanceState.PAUSED)
 
     @property
     def status(self) -> Status:
@@ -53,8 +59,18 @@ class Kept:
 
     @property
     def run_id(self) -> str | None:
-        """The run of hypemand that made it."""
-        return self.tags.get(RUN_TAG)
+        """The run of hypemand that made it; anybody can set a tag, so what can't be a run's id is none."""
+        told = self.tags.get(RUN_TAG)
+        return told if is_id(told) else None
+
+
+def is_id(value: object) -> TypeGuard[str]:
+    """Whether *value* can stand in a path, there and here."""
+    try:
+        check_instance_id(value)
+    except RuleBroken:
+        return False
+    return True
 
 
 def guest_of(document: Any) -> Guest:

@@ -148,4 +148,4 @@ class Drafts:
 
 
 def _is_there(catalog: Catalog, instance: InstanceId, run_id: str) -> bool:
-    return "/" not in run_id and "\0" not in run_id and catalog.partial(instance, run_id).exists()
+    return catalog.partial(instance, run_id).exists()

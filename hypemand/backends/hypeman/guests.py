@@ -15,6 +15,10 @@ from hypemand.core.naming import check_instance_id
 
 _RUNS = (InstanceState.RUNNING, InstanceState.INITIALIZING)
 _OFF = (InstanceState.STOPPED, InstanceState.SHUTDOWN)
+HEARD_S = 1.0
+"""How long an answer may take after the server has done what was asked."""
+ON_ITS_WAY_S = 120.0
+"""How long a request for a snapshot may take until the server begins with it."""
 _log = structlog.get_logger()
 
 
@@ -60,6 +64,22 @@ class Guests:
             )
         return guest
 
+    async def after(self, instance: InstanceId) -> Guest:
+        """The guest, once the server is done with what it was asked to do to it.
+
+        The server holds a lock of the instance meanwhile. So its word counts,
+        and not our connection for the request, which may have gone silent: the
+        answer to a request that it is done with is waited for a moment only.
+        Where the guest runs, a request for a snapshot may be still on its way.
+
+        Raises:
+            InstanceNotFound: As `look`.
+            BackendUnavailable: As `look`.
+        """
+        guest = await self.look(instance)
+        waited = await self.uncut.let_go(instance, begun=guest.status.state not in _RUNS, wait_s=HEARD_S)
+        return await self.look(instance) if waited else guest
+
     async def bring_back(self, instance: InstanceId) -> bool:
         """Have a guest that a capture has left in standby run again. Whether it was found there.
 
@@ -68,8 +88,7 @@ class Guests:
         Raises:
             BackendUnavailable: It does not run yet, or that can't be told.
         """
-        await self.uncut.over(instance)
-        guest = await self.look(instance)
+        guest = await self.after(instance)
         state = guest.status.state
         if state in _RUNS or state in _OFF:
             return False
@@ -77,7 +96,7 @@ class Guests:
             raise BackendUnavailable(_why_not_brought_back(guest))
         _log.warning("guest left in standby by a capture; having it restored", instance_id=instance)
         path = f"/instances/{instance}/restore"
-        answer = await self.uncut.do(instance, partial(self.server.have_done, path, {}))
+        answer = await self.uncut.do(instance, partial(self.server.have_done, path, {}), on_its_way_s=0)
         state = (await self.look(instance)).status.state
         if answer.status == 409 and state in (*_RUNS, *_OFF):
             return False  # somebody else was faster: the server itself, most likely

@@ -6,16 +6,25 @@ from attrs import frozen
 
 from hypemand.backends.base import BackendError, BackendUnavailable, InstanceNotFound
 from hypemand.backends.catalog import Manifest
-from hypemand.backends.hypeman.documents import RUN_TAG, Kept, all_kept_of
+from hypemand.backends.hypeman.documents import RUN_TAG, Kept, all_kept_of, is_id
 from hypemand.backends.hypeman.drafts import Drafts, server_id, way_back
 from hypemand.backends.hypeman.guests import Guests
 from hypemand.backends.hypeman.server import Server
 from hypemand.core.model import InstanceId, Snapshot
 from hypemand.core.naming import is_scheduled
 
+OWN_SCHEDULE = (
+    "the Hypeman server has a schedule of its own for {}: it takes snapshots, too, and its retention deletes"
+    " hypemand's; have it taken over: hypemand import-hypeman --take-over"
+)
+
 
 class NotOursError(BackendError):
     """The snapshot on the server is not what the catalog says it is."""
+
+
+class NoSuchPathError(BackendUnavailable):
+    """The server, or whoever stands before it, knows nothing of what it was asked for."""
 
 
 @frozen(eq=False)
@@ -38,9 +47,13 @@ class Listing:
             raise BackendUnavailable(f"{self.server.settings.url}: {answer}")
         return [kept for kept in all_kept_of(answer.document) if kept.instance_id == instance]
 
+    async def of_run(self, instance: InstanceId, run_id: str) -> Kept | None:
+        """What the server has that *run_id* has made."""
+        return next((kept for kept in await self.on_server(instance) if kept.run_id == run_id), None)
+
     async def by_id(self, instance: InstanceId) -> list[tuple[Snapshot, Kept]]:
         """What is hypemand's, each with what the server has of it; oldest first."""
-        there = {kept.id: kept for kept in await self.on_server(instance)}
+        there = {kept.id: kept for kept in await self.on_server(instance) if is_id(kept.id)}
         runs = {kept.run_id: kept for kept in there.values() if kept.run_id is not None}
         drafts, manifests = await self.drafts.known(instance, runs)
         ours = [
@@ -60,9 +73,20 @@ class Listing:
             return True
         return await self.has_own_schedule(instance)
 
+    async def schedule_warning(self, instance: InstanceId) -> str:
+        """What to say of a schedule of the server's own, as far as it tells: a capture needs none of this."""
+        try:
+            return OWN_SCHEDULE.format(instance) if await self.has_own_schedule(instance) else ""
+        except NoSuchPathError:
+            return ""  # it has no schedules at all
+        except BackendUnavailable as error:
+            return f"whether the Hypeman server has a schedule of its own for {instance} can't be told: {error}"
+
     async def has_own_schedule(self, instance: InstanceId) -> bool:
         """Whether the server itself takes snapshots of *instance*, and prunes all that are tagged as scheduled."""
         answer = await self.server.ask("GET", f"/instances/{instance}/snapshot-schedule")
+        if answer.status == 404 and not answer.not_found:
+            raise NoSuchPathError(f"{self.server.settings.url}: {answer}")
         if answer.status != 200 and not answer.not_found:
             raise BackendUnavailable(f"{self.server.settings.url}: {answer}")
         return answer.status == 200

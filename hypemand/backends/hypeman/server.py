@@ -1,5 +1,6 @@
 """Asking a Hypeman server over HTTP: requests, answers, and how little is known when one does not come."""
 
+import socket
 import ssl
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -12,11 +13,19 @@ import trio
 from attrs import Factory, define, field, frozen
 
 from hypemand.backends.base import BackendUnavailable
-from hypemand.backends.hypeman.holding import Held
-from hypemand.backends.hypeman.settings import HypemanSettings
+from hypemand.backends.hypeman.holding import LONGEST_S, Held
+from hypemand.backends.hypeman.settings import HypemanSettings, is_plain
 from hypemand.backends.hypeman.tokens import Token
 
 CONNECT_S = 10.0
+_LASTS = (
+    # A network that is away for some minutes cuts no capture short, and a host that is gone is noticed.
+    (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 30),
+    (socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 10),
+    (socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 300_000),
+)
 MOST_BYTES = 64 * 1024**2
 _NOT_SENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout, httpx2.LocalProtocolError)
 _CAN_BE_ASKED_AGAIN = frozenset({"GET", "DELETE"})
@@ -106,15 +115,18 @@ class Server:
         if self._trust is None:
             self._trust = await trio.to_thread.run_sync(self._whom_to_trust)
         # How long to wait for an answer is for whoever asks to say; and no proxy is to see the token.
-        return httpx2.AsyncClient(
+        transport = httpx2.AsyncHTTPTransport(
             verify=self._trust,
             trust_env=False,
-            timeout=httpx2.Timeout(None, connect=CONNECT_S),
             limits=httpx2.Limits(max_connections=None, max_keepalive_connections=16),
+            socket_options=_LASTS,
+        )
+        return httpx2.AsyncClient(
+            transport=transport, trust_env=False, timeout=httpx2.Timeout(None, connect=CONNECT_S, read=LONGEST_S)
         )
 
     def _whom_to_trust(self) -> ssl.SSLContext | bool:
-        if not self.settings.url.startswith("https:"):
+        if is_plain(self.settings.url):
             return False
         try:
             return ssl.create_default_context(cafile=self.settings.ca_file)

@@ -30,7 +30,7 @@ class HypemanSettings:
     def __attrs_post_init__(self) -> None:
         """Check what a type alone does not say."""
         broken = [RuleBroken(f"{_shown(self.url)} {problem}", "url") for problem in _url_problems(self.url)]
-        if self.ca_file is not None and not self.url.startswith("https:"):
+        if self.ca_file is not None and is_plain(self.url):
             broken.append(RuleBroken("is of no use: the url is not https", "ca_file"))
         if broken:
             raise RulesBroken(broken)
@@ -39,11 +39,22 @@ class HypemanSettings:
         """The same with absolute paths, and the url in the one way in which it is compared."""
         return evolve(
             self,
-            url=self.url.rstrip("/"),
+            url=in_one_way(self.url),
             token_file=self.token_file and self.token_file.absolute(),
             ca_file=self.ca_file and self.ca_file.absolute(),
             snapshot_dir=self.snapshot_dir and self.snapshot_dir.absolute(),
         )
+
+
+def in_one_way(url: str) -> str:
+    """*url* as it is compared and kept: the scheme, of any case, in small letters; no slash at the end."""
+    scheme, colon, rest = url.partition(":")
+    return f"{scheme.lower()}{colon}{rest}".rstrip("/")
+
+
+def is_plain(url: str) -> bool:
+    """Whether *url* says http, in any case: what is not, is secured."""
+    return url.partition(":")[0].lower() == "http"
 
 
 def _url_problems(url: str) -> Iterator[str]:

@@ -29,7 +29,7 @@ from hypemand.backends.libvirt import snapshots
 from hypemand.backends.libvirt.capturing import Capturing, StillAtWork, thaw
 from hypemand.backends.libvirt.connections import Connections, Turn
 from hypemand.backends.libvirt.documents import Stage, snapshot_of
-from hypemand.backends.libvirt.domains import find_domain, mark, marked_run, pause_of, status_of
+from hypemand.backends.libvirt.domains import find_domain, mark, marked_run, pause_of, status_of, word_for
 from hypemand.backends.libvirt.preparing import prepare
 from hypemand.backends.libvirt.settings import LibvirtSettings
 from hypemand.backends.libvirt.settling import PATIENCE_S, Settling
@@ -141,20 +141,18 @@ class LibvirtBackend:
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
         """Thaw the guest if libvirt left it paused in the middle of a snapshot; adopt the run's, or remove it."""
         del ours
-        settling = Settling(run, nothing_made=run.run_id in self._capturing.nothing_made)
+        settling = Settling(run, self.settings.uri, nothing_made=run.run_id in self._capturing.nothing_made)
         try:
             # The guest comes first. Its mark, or libvirt's reason for the pause, tells whose that is.
             if await self._patiently(run.instance_id, settling.thaw):
                 self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
-            note = await self._patiently(run.instance_id, settling.settle_snapshot)
+            snapshot = await self._patiently(run.instance_id, settling.settle_snapshot)
         except InstanceNotFound as error:
             return Settled(notes=(str(error),))
         resumed = run.run_id in self._found_frozen
         self._found_frozen.discard(run.run_id)
         self._capturing.nothing_made.discard(run.run_id)
-        if note is None:
-            return Settled(resumed=resumed)
-        return Settled(snapshot_of(run.instance_id, run.snapshot_name, note, self.settings.uri), resumed=resumed)
+        return Settled(snapshot, resumed=resumed)
 
     async def _patiently(self, instance: InstanceId, work: Callable[[Turn], T]) -> T:
         """What *work* returns once libvirt is at nothing else with this guest."""
@@ -205,8 +203,9 @@ def _resume(turn: Turn, instance: InstanceId) -> None:
 
 
 def _listed(connection: libvirt.virConnect, instance: InstanceId, uri: str) -> tuple[Snapshot, ...]:
-    found = snapshots.find_all(find_domain(connection, instance))
-    listed = [snapshot_of(instance, one.name, one.note, uri) for one in found if one.note.stage is Stage.LISTED]
+    domain = find_domain(connection, instance)
+    found = [one for one in snapshots.find_all(domain) if one.note.stage is Stage.LISTED]
+    listed = [snapshot_of(instance, one.name, one.note, uri=uri, word=word_for(domain)) for one in found]
     return tuple(sorted(listed, key=lambda snapshot: (snapshot.created_at, snapshot.id)))
 
 

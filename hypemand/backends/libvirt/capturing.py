@@ -21,8 +21,8 @@ from hypemand.backends.base import (
 from hypemand.backends.libvirt import snapshots
 from hypemand.backends.libvirt.connections import ConnectionLost, Connections, Turn, is_lost, text_of, translated
 from hypemand.backends.libvirt.disks import check_capturable, parts_of, read_disks
-from hypemand.backends.libvirt.documents import Note, new_document, new_note, read_xml, snapshot_of
-from hypemand.backends.libvirt.domains import OF_A_SNAPSHOT, Pause, find_domain, is_busy, pause_of
+from hypemand.backends.libvirt.documents import new_document, new_note, read_xml, snapshot_of
+from hypemand.backends.libvirt.domains import LEFT_PAUSED, Pause, find_domain, is_busy, pause_of, word_for
 from hypemand.backends.libvirt.preparing import memory_in_use
 from hypemand.core.model import InstanceId, Snapshot, SnapshotKind
 
@@ -107,15 +107,14 @@ class Capturing:
                 raise
             if bool(domain.isActive()) == standby:  # a QEMU that has crashed may have made it, and told nobody
                 self.nothing_made.add(request.run_id)
-            undone = "" if paused else _thaw_after(domain)
-            raise CaptureFailed(f"libvirt: {text_of(error)}{undone}") from error
+            outcome = None if paused else _thaw_after(domain, f"libvirt: {text_of(error)}")
+            raise CaptureFailed("; ".join(filter(None, (f"libvirt: {text_of(error)}", outcome)))) from error
+        # libvirt calls a snapshot made also where its resume after that has failed.
+        outcome = None if paused or not standby else _thaw_after(domain, "the snapshot is made")
         took_s = time.monotonic() - began
         freeze_s = (0.0 if paused else took_s) if standby else None
-        return Captured(self.snapshot(instance, request.name, note), freeze_s)
-
-    def snapshot(self, instance: InstanceId, name: str, note: Note) -> Snapshot:
-        """The snapshot as the engine sees it."""
-        return snapshot_of(instance, name, note, self.uri)
+        snapshot = snapshot_of(instance, request.name, note, uri=self.uri, word=word_for(domain))
+        return Captured(snapshot, freeze_s, (outcome,) if outcome else ())
 
     async def complete(self, captured: Captured) -> Captured:
         """Look whether the guest goes on: the snapshot may have left no room for its next write."""
@@ -141,7 +140,7 @@ class Capturing:
 
 
 def thaw(turn: Turn, instance: InstanceId) -> bool:
-    """Resume a guest that libvirt's daemon has left paused when it ended in the middle of a snapshot.
+    """Resume a guest that libvirt has left paused: its daemon ended in the middle of a snapshot, or its resume failed.
 
     Returns whether it was found so. An operator's pause is none such, nor is one for an I/O error.
 
@@ -151,23 +150,35 @@ def thaw(turn: Turn, instance: InstanceId) -> bool:
     domain = find_domain(turn.connection, instance)
     if is_busy(domain):
         raise StillAtWork("libvirt is at work on this guest")
-    if pause_of(domain) not in OF_A_SNAPSHOT:
+    why = pause_of(domain)
+    if why is None or why not in LEFT_PAUSED:
         return False
     turn.check_wanted()
     domain.resume()
-    _log.warning("the guest was found paused by a snapshot that libvirt did not finish; resumed", instance_id=instance)
+    _log.warning("the guest was found left paused by libvirt; resumed", instance_id=instance, reason=why.name)
     return True
 
 
-def _thaw_after(domain: libvirt.virDomain) -> str:
-    """See to it that the guest goes on after a snapshot that libvirt has given up. It ran when that began."""
+def _thaw_after(domain: libvirt.virDomain, what: str) -> str | None:
+    """See to it that the guest goes on once libvirt is through with its snapshot. It ran when that began.
+
+    Args:
+        what: Became of the snapshot.
+
+    Returns:
+        What was found and done; None where the guest goes on already.
+
+    Raises:
+        CaptureFailed: It can't be resumed. Settling tries it again, and keeps the run open until it holds.
+    """
     try:
-        if pause_of(domain) not in OF_A_SNAPSHOT | {Pause.API_ERROR}:
-            return ""
+        if pause_of(domain) not in LEFT_PAUSED:
+            return None
         domain.resume()
     except libvirt.libvirtError as error:
-        return f"; the guest is still paused, and could not be resumed: {translated(error, BackendError)}"
-    return "; libvirt left the guest paused, it was resumed"
+        why = translated(error, BackendError)
+        raise CaptureFailed(f"{what}; the guest is still paused, and could not be resumed: {why}") from error
+    return "libvirt left the guest paused, it was resumed"
 
 
 def _disk_errors(connection: libvirt.virConnect, instance: InstanceId) -> Mapping[str, int]:
@@ -183,4 +194,4 @@ def _delete_and_go_on(turn: Turn, snapshot: Snapshot) -> str:
     time.sleep(STUCK_LOOK_S)
     if pause_of(domain) is None:
         return "the guest goes on"
-    return f"the guest still stands still for lack of room: free some, then virsh resume {snapshot.instance_id}"
+    return f"the guest still stands still for lack of room: free some, then virsh resume {word_for(domain)}"

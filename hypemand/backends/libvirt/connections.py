@@ -18,6 +18,7 @@ import trio
 from attrs import Factory, define, field, frozen
 
 from hypemand.backends.base import BackendError, BackendUnavailable, InstanceNotFound
+from hypemand.backends.libvirt import events
 from hypemand.backends.libvirt.settings import LibvirtSettings
 from hypemand.core.model import InstanceId
 
@@ -60,6 +61,7 @@ class Connections:
     settings: LibvirtSettings
     _idle: list[libvirt.virConnect] = Factory(list)
     _idle_lock: threading.Lock = Factory(threading.Lock)
+    _is_closed: bool = False
     _turns: defaultdict[InstanceId, threading.Lock] = field(factory=lambda: defaultdict(threading.Lock))
     _limiters: dict[InstanceId | None, trio.CapacityLimiter] = Factory(dict)
 
@@ -136,14 +138,15 @@ class Connections:
 
     def _give_back(self, connection: libvirt.virConnect) -> None:
         with self._idle_lock, suppress(libvirt.libvirtError):
-            if len(self._idle) < MOST_IDLE and connection.isAlive():
+            # What a call that was given up gives back late would be closed by whoever collects garbage then.
+            if not self._is_closed and len(self._idle) < MOST_IDLE and connection.isAlive():
                 self._idle.append(connection)
                 return
         _close(connection)
 
     def _close_idle(self) -> None:
         with self._idle_lock:
-            idle, self._idle = self._idle, []
+            idle, self._idle, self._is_closed = self._idle, [], True
         for connection in idle:
             _close(connection)
 
@@ -168,7 +171,7 @@ def _close(connection: libvirt.virConnect) -> None:
 def _opened(settings: LibvirtSettings) -> libvirt.virConnect:
     _silence()
     if not settings.is_here:
-        _serve_events()
+        events.SERVED.begin()
     try:
         connection = libvirt.open(settings.uri)
         if not settings.is_here:
@@ -182,19 +185,6 @@ def _opened(settings: LibvirtSettings) -> libvirt.virConnect:
 def _silence() -> None:
     """Else libvirt writes each error to stderr, beside raising it."""
     libvirt.registerErrorHandler(lambda _context, _error: None, None)
-
-
-@cache
-def _serve_events() -> None:
-    """Have a thread serve libvirt's event loop: else nobody notices that a connection over the network is dead."""
-    libvirt.virEventRegisterDefaultImpl()
-    threading.Thread(target=_serve_for_ever, name="libvirt events", daemon=True).start()
-
-
-def _serve_for_ever() -> None:
-    while True:
-        with suppress(libvirt.libvirtError):
-            libvirt.virEventRunDefaultImpl()
 
 
 def translated(error: libvirt.libvirtError, otherwise: type[BackendError] = BackendUnavailable) -> BackendError:

@@ -10,6 +10,7 @@ import shlex
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
+from typing import Any
 from xml.etree import ElementTree as ET
 from xml.sax.saxutils import escape
 
@@ -73,12 +74,28 @@ def read_xml(text: str) -> ET.Element:
 
 def note_of(document: ET.Element) -> Note | None:
     """Our note in a snapshot's *document*; None where it is somebody else's."""
+    fields = _fields_of(document)
+    if fields is None or newer_format_of(document) is not None:
+        return None
+    try:
+        return _CONVERTER.structure(fields, Note)
+    except (TypeError, ValueError, BaseValidationError):
+        return None
+
+
+def newer_format_of(document: ET.Element) -> int | None:
+    """The format of the note in *document*, if it is a later hypemand's, of which nothing can be told."""
+    number = (_fields_of(document) or {}).get("hypemand")
+    return number if isinstance(number, int) and number > FORMAT else None
+
+
+def _fields_of(document: ET.Element) -> dict[str, Any] | None:
     line = (document.findtext("description") or "").rpartition("\n")[2]
     try:
         fields = orjson.loads(line)
-        return _CONVERTER.structure(fields, Note) if "hypemand" in fields else None
-    except (orjson.JSONDecodeError, TypeError, ValueError, BaseValidationError):
+    except orjson.JSONDecodeError:
         return None
+    return fields if isinstance(fields, dict) and "hypemand" in fields else None
 
 
 def new_note(request: CaptureRequest, size_bytes: int) -> Note:
@@ -133,8 +150,12 @@ def published_document(document: str, note: Note) -> str:
     return _DESCRIPTION.sub(lambda _: description, document, count=1)
 
 
-def snapshot_of(instance: InstanceId, name: str, note: Note, uri: str) -> Snapshot:
-    """The snapshot as the engine sees it."""
+def snapshot_of(instance: InstanceId, name: str, note: Note, *, uri: str, word: str) -> Snapshot:
+    """The snapshot as the engine sees it.
+
+    Args:
+        word: What virsh calls the guest by.
+    """
     return Snapshot(
         id=note.id,
         instance_id=instance,
@@ -143,14 +164,14 @@ def snapshot_of(instance: InstanceId, name: str, note: Note, uri: str) -> Snapsh
         created_at=note.created_at,
         size_bytes=note.size_bytes,
         tags=note.tags,
-        restore=_way_back(instance, name, note.kind, uri),
+        restore=_way_back(word, name, note.kind, uri),
     )
 
 
-def _way_back(instance: InstanceId, name: str, kind: SnapshotKind, uri: str) -> tuple[RestoreStep, ...]:
+def _way_back(guest: str, name: str, kind: SnapshotKind, uri: str) -> tuple[RestoreStep, ...]:
     def virsh(*words: str) -> RestoreStep:
         return RestoreStep(RestoreAction.RUN, shlex.join(["virsh", "--connect", uri, *words]))
 
     if kind is SnapshotKind.STANDBY:
-        return (virsh("snapshot-revert", instance, name, "--running"),)
-    return (virsh("snapshot-revert", instance, name), virsh("start", instance))
+        return (virsh("snapshot-revert", guest, name, "--running"),)
+    return (virsh("snapshot-revert", guest, name), virsh("start", guest))

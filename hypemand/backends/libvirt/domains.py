@@ -4,6 +4,7 @@ All that takes a domain is blocking, and asks libvirt alone, which answers also
 while the guest's QEMU hangs; but for the mark, which waits for its turn.
 """
 
+import re
 from enum import IntEnum
 
 import libvirt
@@ -17,6 +18,8 @@ from hypemand.core.naming import check_instance_id
 NAMESPACE = "urn:hypemand:paused:1"
 """Of the mark in the guest's metadata; a name, no page."""
 _PREFIX = "hypemand"
+_MISTAKEN = re.compile("[0-9]+|[0-9A-Fa-f-]{36}|-.*")
+"""Names that virsh takes for the number of a running guest, for a UUID, or for an option."""
 
 
 class Pause(IntEnum):
@@ -41,7 +44,12 @@ class Pause(IntEnum):
 
 OF_A_SNAPSHOT = frozenset({Pause.SAVE, Pause.SNAPSHOT})
 """A snapshot is being made; or, where nothing is under way any more, libvirt's daemon ended in the middle of one."""
-_OF_A_JOB = OF_A_SNAPSHOT | {Pause.MIGRATION, Pause.DUMP, Pause.STARTING_UP, Pause.POSTCOPY}
+LEFT_PAUSED = OF_A_SNAPSHOT | {Pause.API_ERROR}
+"""Where nothing is under way: libvirt meant to let the guest go on, and its daemon ended, or the resume failed.
+
+Older versions do not change the reason when it fails; later ones, and all after a failed save, tell API_ERROR.
+"""
+_OF_A_JOB = LEFT_PAUSED | {Pause.MIGRATION, Pause.DUMP, Pause.STARTING_UP, Pause.POSTCOPY}
 _IN_TROUBLE = frozenset({Pause.IO_ERROR, Pause.WATCHDOG, Pause.CRASHED, Pause.SHUTTING_DOWN, Pause.POSTCOPY_FAILED})
 
 
@@ -51,6 +59,12 @@ def find_domain(connection: libvirt.virConnect, instance: InstanceId) -> libvirt
         return connection.lookupByName(check_instance_id(instance))
     except RuleBroken as error:
         raise InstanceNotFound(f"no instance can have this id: {error}") from error
+
+
+def word_for(domain: libvirt.virDomain) -> str:
+    """What it is called in a virsh command: by its name, or by its UUID where virsh would act on another guest."""
+    name = domain.name()
+    return domain.UUIDString() if _MISTAKEN.fullmatch(name) else name
 
 
 def pause_of(domain: libvirt.virDomain) -> Pause | None:
@@ -105,7 +119,9 @@ def _paused(domain: libvirt.virDomain, why: Pause) -> Status:
     if why in _OF_A_JOB:
         if control_of(domain) in (libvirt.VIR_DOMAIN_CONTROL_JOB, libvirt.VIR_DOMAIN_CONTROL_OCCUPIED):
             raise BackendUnavailable(f"libvirt is at work on this guest, which is paused for it: {word}")
-        return Status(InstanceState.PAUSED, f"{word}, and libvirt is not at it any more: virsh resume {domain.name()}")
+        return Status(
+            InstanceState.PAUSED, f"{word}, and libvirt is not at it any more: virsh resume {word_for(domain)}"
+        )
     return Status(InstanceState.PAUSED, "" if why is Pause.USER else word)
 
 

@@ -10,7 +10,7 @@ import structlog
 from hypemand.backends.base import BackendUnavailable, Preparation, Room
 from hypemand.backends.libvirt.disks import Disk, check_capturable, check_firmware, has_uefi_variables, read_disks
 from hypemand.backends.libvirt.documents import read_xml
-from hypemand.backends.libvirt.domains import control_of, find_domain
+from hypemand.backends.libvirt.domains import control_of, find_domain, word_for
 from hypemand.core.model import InstanceId, SnapshotKind
 
 _MEMORY_MARGIN = 64 * 1024 * 1024
@@ -73,7 +73,7 @@ def _check_not_saved(domain: libvirt.virDomain) -> None:
     if domain.hasManagedSaveImage():
         raise BackendUnavailable(
             "the guest's memory is saved (virsh managedsave), and goes on with its disks as they are:"
-            f" no snapshot is taken of them alone; virsh start {domain.name()}, or managedsave-remove"
+            f" no snapshot is taken of them alone; virsh start {word_for(domain)}, or managedsave-remove"
         )
 
 
@@ -96,8 +96,15 @@ def _rooms(disks: Sequence[Disk], first_needs: int) -> tuple[Room, ...]:
     rooms = []
     for number, disk in enumerate(disks):
         path = Path(disk.file)
-        if path.is_absolute() and path.is_file():
+        if _is_seen(path):
             rooms.append(Room(path, _DISK_MARGIN if number else first_needs))
         else:
             _log.warning("free space is not checked: the guest's disk is not seen from here", disk=disk.file)
     return tuple(rooms)
+
+
+def _is_seen(path: Path) -> bool:
+    try:
+        return path.is_absolute() and path.is_file()
+    except OSError:  # the directories of its disks may be for libvirt alone
+        return False

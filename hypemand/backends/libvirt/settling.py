@@ -5,9 +5,9 @@ from attrs import frozen
 from hypemand.backends.libvirt import snapshots
 from hypemand.backends.libvirt.capturing import StillAtWork, thaw
 from hypemand.backends.libvirt.connections import Turn
-from hypemand.backends.libvirt.documents import Note, Stage
-from hypemand.backends.libvirt.domains import Pause, find_domain, is_busy, mark, marked_run, pause_of
-from hypemand.core.model import InstanceState, RunStarted
+from hypemand.backends.libvirt.documents import Stage, snapshot_of
+from hypemand.backends.libvirt.domains import Pause, find_domain, is_busy, mark, marked_run, pause_of, word_for
+from hypemand.core.model import InstanceState, RunStarted, Snapshot
 
 PATIENCE_S = 30.0
 """How long to wait for libvirt's own work on the guest."""
@@ -18,10 +18,12 @@ class Settling:
     """Settles *run*.
 
     Attributes:
+        uri: For the way back.
         nothing_made: It is known that there is nothing of it on a disk.
     """
 
     run: RunStarted
+    uri: str
     nothing_made: bool
 
     def thaw(self, turn: Turn) -> bool:
@@ -34,7 +36,7 @@ class Settling:
             return True
         return found
 
-    def settle_snapshot(self, turn: Turn) -> Note | None:
+    def settle_snapshot(self, turn: Turn) -> Snapshot | None:
         """Have a complete snapshot of the run listed, and anything else removed.
 
         Raises:
@@ -47,7 +49,8 @@ class Settling:
         found = snapshots.find(domain, run.snapshot_name, run.run_id)
         turn.check_wanted()
         if found is not None and found.note.stage is not Stage.LOST:
-            return snapshots.publish(domain, found)
+            note = snapshots.publish(domain, found)
+            return snapshot_of(run.instance_id, found.name, note, uri=self.uri, word=word_for(domain))
         if found is not None:
             snapshots.delete_remains(found)
         elif not self.nothing_made:

@@ -9,7 +9,15 @@ from attrs import evolve, frozen
 
 from hypemand.backends.libvirt.connections import is_lost, text_of
 from hypemand.backends.libvirt.disks import parts_of, read_disks
-from hypemand.backends.libvirt.documents import Note, Stage, lost_document, note_of, published_document, read_xml
+from hypemand.backends.libvirt.documents import (
+    Note,
+    Stage,
+    lost_document,
+    newer_format_of,
+    note_of,
+    published_document,
+    read_xml,
+)
 from hypemand.core.model import RunStarted
 
 _log = structlog.get_logger()
@@ -28,7 +36,7 @@ def find(domain: libvirt.virDomain, name: str, run_id: str) -> Found | None:
     """The snapshot of that run. Another one of its name is somebody else's."""
     with _gone_is_none():
         handle = domain.snapshotLookupByName(name)
-        note = note_of(read_xml(handle.getXMLDesc()))
+        note = _note_in(handle)
         if note is not None and note.id == run_id:
             return Found(handle, name, note)
     return None
@@ -39,11 +47,22 @@ def find_all(domain: libvirt.virDomain) -> list[Found]:
     found = []
     for handle in domain.listAllSnapshots():
         with _gone_is_none():
-            document = read_xml(handle.getXMLDesc())
-            note = note_of(document)
+            note = _note_in(handle)
             if note is not None:
                 found.append(Found(handle, handle.getName(), note))
     return found
+
+
+def _note_in(handle: libvirt.virDomainSnapshot) -> Note | None:
+    document = read_xml(handle.getXMLDesc())
+    newer = newer_format_of(document)
+    if newer is not None:
+        _log.error(
+            "snapshot passed over and left alone: its description can't be used",
+            snapshot_name=handle.getName(),
+            error=f"format {newer} is newer than this hypemand",
+        )
+    return note_of(document)
 
 
 def publish(domain: libvirt.virDomain, found: Found) -> Note:

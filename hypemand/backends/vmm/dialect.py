@@ -51,6 +51,7 @@ class Machine:
         least_memory_bytes: What it takes at least.
         refusals: Why a snapshot of it could not be restored, or would harm the guest; each says what to do.
         warnings: What a snapshot of it lacks.
+        may_write: Directories and files that the VMM may write to, and no others; None: as its user's rights have it.
     """
 
     drives: tuple[Drive, ...]
@@ -58,6 +59,7 @@ class Machine:
     refusals: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     least_memory_bytes: int = 0
+    may_write: tuple[str, ...] | None = None
 
 
 @frozen
@@ -94,6 +96,9 @@ class Dialect(Protocol):
     @property
     def knows_qcow2(self) -> bool:
         """Whether disks of its guests may be images of that kind."""
+
+    def why_no_qcow2(self, version: str) -> str | None:
+        """Why a disk of that kind can't be copied while the guest of a VMM of that *version* is paused, or None."""
 
     async def look(self, client: Client) -> Look:
         """How the guest is."""

@@ -4,7 +4,7 @@ import fcntl
 import os
 import stat
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +13,11 @@ from attrs import Factory, field, frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Unsupported
 from hypemand.backends.copying import copy_file
-from hypemand.backends.vmm.dialect import Drive
-from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below, identity
+from hypemand.backends.vmm.dialect import Dialect, Drive, Identity
+from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below
+from hypemand.backends.vmm.handles import Identity as FileIdentity
+from hypemand.backends.vmm.handles import identity as identity_of
+from hypemand.backends.vmm.rights import overflow_uid
 from hypemand.backends.vmm.views import View
 from hypemand.core.size import format_size
 
@@ -40,6 +43,8 @@ class Disk:
         backing: The file below it, of an overlay; a copy is nothing without that.
         handle: What was found at *file*, and is what is copied; None: whatever has that name then.
         root: The VMM's root directory, where *file* is below it and that is not ours.
+        owner: User and group, where they can be told from here.
+        mode: In octal digits.
     """
 
     name: str
@@ -51,6 +56,8 @@ class Disk:
     backing: str | None = None
     handle: Handle | None = field(default=None, eq=False, repr=False)
     root: Path | None = None
+    owner: tuple[int, int] | None = None
+    mode: str = "600"
 
 
 Sign = tuple[int, ...]
@@ -65,6 +72,7 @@ def disks_of(drives: Iterable[Drive], view: View) -> tuple[Disk, ...]:
         BackendUnavailable: It is not seen from here.
     """
     found: dict[Path, Disk] = {}
+    opened = files_of_process(view.peer.pid) if view.peer is not None else None
     for drive in drives:
         if drive.read_only:
             continue
@@ -75,15 +83,25 @@ def disks_of(drives: Iterable[Drive], view: View) -> tuple[Disk, ...]:
             )
         handle, path = view.held(drive.path)
         disk = _read(handle, path, drive.name, view.chroot, qcow2=drive.may_be_qcow2)
-        _check_open(disk, view)
+        _check_open(disk, opened)
         found.setdefault(disk.file, disk)
     return tuple(found.values())
 
 
-def _check_open(disk: Disk, view: View) -> None:
+def check_qcow2(disks: Iterable[Disk], dialect: Dialect, identity: Identity) -> None:
+    """Make sure that copies of *disks* have all that the guest has written.
+
+    Raises:
+        Unsupported: One is an image that the VMM keeps part of in its memory.
+    """
+    for disk in disks:
+        if disk.is_qcow2 and (why := dialect.why_no_qcow2(identity.version)):
+            raise Unsupported(f"disk {disk.file}: {why}")
+
+
+def _check_open(disk: Disk, opened: Collection[FileIdentity] | None) -> None:
     """Where that is seen: a guest goes on with its disk whatever takes the name of it."""
-    opened = files_of_process(view.peer.pid) if view.peer is not None else None
-    if opened is not None and disk.handle is not None and identity(disk.handle.status()) not in opened:
+    if opened is not None and disk.handle is not None and identity_of(disk.handle.status()) not in opened:
         raise Unsupported(
             f"the guest runs with another file than {disk.file}, which was put in the place of its disk {disk.name}:"
             " put the guest's own back, or start it anew"
@@ -123,7 +141,19 @@ def _read(handle: Handle, file: Path, name: str, root: Path | None, *, qcow2: bo
     data_bytes = size if is_device else status.st_blocks * 512
     is_qcow2 = qcow2 and os.pread(opened.fileno(), len(_QCOW2), 0) == _QCOW2
     backing = _backing(opened.fileno()) if is_qcow2 else None
-    return Disk(name or file.name, file, size, data_bytes, is_device, is_qcow2, backing, opened, root)
+    return Disk(
+        name or file.name,
+        file,
+        size,
+        data_bytes,
+        is_device,
+        is_qcow2,
+        backing,
+        opened,
+        root,
+        owner=None if overflow_uid() in (status.st_uid, status.st_gid) else (status.st_uid, status.st_gid),
+        mode=f"{stat.S_IMODE(status.st_mode):o}",
+    )
 
 
 def _backing(descriptor: int) -> str | None:

@@ -1,7 +1,6 @@
 """How the guests of one backend are reached, and where their files are."""
 
 import contextlib
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from hypemand.backends.templates import filled
 from hypemand.backends.vmm.client import Client, SocketAbsent
 from hypemand.backends.vmm.dialect import Dialect
 from hypemand.backends.vmm.disks import locked
+from hypemand.backends.vmm.leftovers import PREFIX, remove
 from hypemand.backends.vmm.rights import Writer, group_id
 from hypemand.backends.vmm.settings import VmmSettings
 from hypemand.backends.vmm.using import use_of
@@ -67,12 +67,16 @@ class Guests:
     def saving(self, instance: InstanceId, run_id: str) -> Path:
         """The directory that the VMM writes into for a run: in the snapshot, or where it can get to."""
         chroot = self.chroot_of(instance)
-        return self.catalog.partial(instance, run_id) / SAVED if chroot is None else chroot / f".hypemand-{run_id}"
+        return self.catalog.partial(instance, run_id) / SAVED if chroot is None else chroot / f"{PREFIX}{run_id}"
 
     def drop_saving(self, instance: InstanceId, run_id: str) -> None:
-        """Remove that directory where it is no part of the snapshot. Blocking."""
+        """Remove that directory where it is no part of the snapshot. Blocking.
+
+        Raises:
+            OSError: It is still there, with the guest's memory in it.
+        """
         if self.chroot is not None:
-            shutil.rmtree(self.saving(instance, run_id), ignore_errors=True)
+            remove(self.saving(instance, run_id))
 
     async def files_of_stopped(self, instance: InstanceId, absent: SocketAbsent) -> list[Path]:
         """The disks of a guest at whose socket nobody listens. Without any, nothing is known of it.

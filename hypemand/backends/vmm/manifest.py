@@ -1,7 +1,7 @@
 """What is written down of a snapshot of a VMM's guest, and the way back to it."""
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hypemand.core.model import InstanceId, RestoreAction, RestoreStep, Snapshot
 
 DISKS = "disks"
 """Directory of the copies in a snapshot."""
+_DEVICES = ("kvm", "net/tun", "urandom", "userfaultfd")
 
 
 @frozen
@@ -99,13 +100,22 @@ def _details(contents: Contents) -> dict[str, Any]:
 
 
 def _disks_back(contents: Contents, home: Path) -> list[RestoreStep]:
-    return [_run(_disk_back(disk, home / DISKS / name)) for name, disk in named(contents.copied)]
+    return [_run(command) for name, disk in named(contents.copied) for command in _disk_back(disk, home / DISKS / name)]
 
 
-def _disk_back(disk: Disk, copy: Path) -> list[str]:
+def _disk_back(disk: Disk, copy: Path) -> Iterator[list[str]]:
     if disk.is_device:  # with its zeros: what is there may be anything
-        return ["dd", f"if={copy}", f"of={disk.file}", "bs=4M", "conv=fsync,notrunc,nocreat", "status=none"]
-    return ["cp", "--reflink=auto", "--sparse=always", str(copy), str(disk.file)]
+        yield ["dd", f"if={copy}", f"of={disk.file}", "bs=4M", "conv=fsync,notrunc,nocreat", "status=none"]
+        return
+    # Below a chroot, which is the guest's user's: a link that has come to be there must not be written through.
+    anew = [] if disk.root is None else ["--remove-destination"]
+    yield ["cp", "--reflink=auto", "--sparse=always", *anew, str(copy), str(disk.file)]
+    if disk.owner is None:
+        return
+    if disk.owner != (0, 0):  # a file that is new is that of whoever restores
+        yield ["chown", "-h", f"{disk.owner[0]}:{disk.owner[1]}", str(disk.file)]
+    if anew:
+        yield ["chmod", disk.mode, str(disk.file)]
 
 
 def _start(request: CaptureRequest, way: Way) -> list[RestoreStep]:
@@ -114,7 +124,7 @@ def _start(request: CaptureRequest, way: Way) -> list[RestoreStep]:
         return [RestoreStep(RestoreAction.START, "")]
     saved = way.home / SAVED
     if way.chroot is None:
-        return [*_let_in(way.writer, saved), *way.dialect.restore(way.socket, str(saved))]
+        return [*_let_in(way.writer, saved), _left_over([way.socket]), *way.dialect.restore(way.socket, str(saved))]
     name = f"restored-{request.run_id}"
     inside = way.chroot / name
     steps = [
@@ -123,8 +133,19 @@ def _start(request: CaptureRequest, way: Way) -> list[RestoreStep]:
             ["cp", "--reflink=auto", "--sparse=always", *(str(saved / one) for one in way.dialect.saved), str(inside)]
         ),
         *_let_in(way.writer, inside),
+        _left_over([way.socket, *_of_the_jailer(way.chroot)]),
     ]
     return [*steps, *way.dialect.restore(way.socket, f"/{name}")]
+
+
+def _left_over(files: Iterable[Path]) -> RestoreStep:
+    """A VMM does not begin where the socket of the one before is, nor the jailer where its files are."""
+    return _run(["rm", "-f", *map(str, files)])
+
+
+def _of_the_jailer(chroot: Path) -> list[Path]:
+    """What it makes, and makes only once, in ``<base>/<program>/<id>/root``."""
+    return [*(chroot / "dev" / device for device in _DEVICES), chroot / f"{chroot.parent.parent.name}.pid"]
 
 
 def _let_in(writer: Writer, directory: Path) -> list[RestoreStep]:

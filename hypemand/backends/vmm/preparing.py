@@ -8,7 +8,7 @@ from attrs import frozen
 from hypemand.backends.base import Preparation, Room, Unsupported
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm.client import SocketAbsent
-from hypemand.backends.vmm.dialect import Machine
+from hypemand.backends.vmm.dialect import Identity, Machine
 from hypemand.backends.vmm.disks import Disk
 from hypemand.backends.vmm.guests import Guests
 from hypemand.backends.vmm.readying import MARGIN, check_limit
@@ -37,7 +37,8 @@ class Preparing:
         _, machine = await guests.dialect.inspect(guests.client(instance))
         if machine.refusals:
             raise Unsupported("; ".join(machine.refusals))
-        return await guests.in_thread(self._running, instance, machine, names)
+        identity = await guests.dialect.identify(guests.client(instance))
+        return await guests.in_thread(self._running, instance, machine, identity, names)
 
     async def _stopped(self, instance: InstanceId, names: frozenset[str]) -> Preparation:
         guests = self.guests
@@ -49,11 +50,15 @@ class Preparing:
         needed = await guests.in_thread(_copied_bytes, found, guests.catalog.root)
         return Preparation((Room(guests.catalog.root, needed + MARGIN),), names, warnings=tuple(_overlays(found)))
 
-    def _running(self, instance: InstanceId, machine: Machine, names: frozenset[str]) -> Preparation:
+    def _running(
+        self, instance: InstanceId, machine: Machine, identity: Identity, names: frozenset[str]
+    ) -> Preparation:
         catalog = self.guests.catalog.root
         found = files.disks_of(machine.drives, self.guests.view(instance))
+        files.check_qcow2(found, self.guests.dialect, identity)
         known = set(self.guests.settings.disks_of(instance))
         self._check_writable(instance)
+        self._check_allowed(machine)
         check_limit(self.guests, self.guests.writer(instance), machine)
         return Preparation(
             rooms=tuple(self._rooms(instance, machine.memory_bytes, _copied_bytes(found, catalog))),
@@ -76,7 +81,7 @@ class Preparing:
         title = self.guests.dialect.title
         assert writer.peer is not None
         if chroot is None:
-            why = writer.why_shut_out(self.guests.catalog.root)
+            why = writer.why_shut_out_of(self.guests.catalog, instance)
             if why is not None:
                 raise Unsupported(
                     f"{title} runs as user {writer.peer.uid}, which {why}: it could not save the guest. Set the"
@@ -85,6 +90,17 @@ class Preparing:
             return
         if why := files.why_not_writable(chroot):
             raise Unsupported(f"hypemand can't make the directory for {title}'s files in {chroot}: {why}")
+
+    def _check_allowed(self, machine: Machine) -> None:
+        """Rules are those of when the guest was started, and of the directories as they were then."""
+        catalog = self.guests.catalog.root.resolve()
+        allowed = machine.may_write
+        if allowed is None or any(catalog.is_relative_to(Path(path).resolve()) for path in allowed):
+            return
+        raise Unsupported(
+            f"{self.guests.dialect.title} runs with --landlock, and may not write to {catalog}: it could not save the"
+            f" guest. Start it with --landlock-rules path={catalog},access=rw (the directory has to be there by then)"
+        )
 
 
 def _copied_bytes(disks: Sequence[Disk], catalog: Path) -> int:

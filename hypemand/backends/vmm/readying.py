@@ -1,6 +1,5 @@
 """What is there before a guest is paused: directories for its snapshot, and what is known of its VMM and its disks."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,10 +7,12 @@ from attrs import frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, CaptureRequest, Unsupported
 from hypemand.backends.vmm.dialect import Identity, Machine
-from hypemand.backends.vmm.disks import Disk, disks_of
+from hypemand.backends.vmm.disks import Disk, check_qcow2, disks_of
 from hypemand.backends.vmm.guests import SAVED, Guests
+from hypemand.backends.vmm.leftovers import remove, sweep
 from hypemand.backends.vmm.manifest import DISKS
 from hypemand.backends.vmm.rights import Writer
+from hypemand.backends.vmm.rooms import reserve
 from hypemand.core.model import InstanceId
 
 MARGIN = 16 << 20
@@ -60,13 +61,15 @@ def _made_ready(
 ) -> Ready:
     disks, writer = disks_of(machine.drives, guests.view(instance)), guests.writer(instance)
     check_limit(guests, writer, machine)
+    check_qcow2(disks, guests.dialect, identity)
     partial = begun(guests, instance, request)
     saving = guests.saving(instance, request.run_id)
     if saving.parent != partial:
         (partial / SAVED).mkdir(mode=0o700)
-        guests.drop_saving(instance, request.run_id)
+        sweep(saving.parent)
+        remove(saving)
         if saving.parent.stat().st_dev != partial.stat().st_dev:
-            _reserve(partial / ROOM, machine.memory_bytes)
+            reserve(partial / ROOM, machine.memory_bytes)
     writer.make_directory(saving)
     return Ready(request, partial, saving, writer, identity, machine, disks)
 
@@ -86,8 +89,3 @@ def begun(guests: Guests, instance: InstanceId, request: CaptureRequest) -> Path
     partial = guests.catalog.begin(instance, request.run_id)
     (partial / DISKS).mkdir(mode=0o700)
     return partial
-
-
-def _reserve(path: Path, size: int) -> None:
-    with path.open("xb") as file:
-        os.posix_fallocate(file.fileno(), 0, max(size, 1))

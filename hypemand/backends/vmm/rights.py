@@ -16,12 +16,15 @@ from pathlib import Path
 from attrs import frozen
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, Unsupported
+from hypemand.backends.catalog import Catalog
 from hypemand.backends.vmm.client import Peer
+from hypemand.core.model import InstanceId
 from hypemand.core.size import format_size
 
 _ENTER = 0o1
 _FOR_GROUP = 0o730
 _ACL = "system.posix_acl_access"
+_DEFAULT_ACL = "system.posix_acl_default"
 _FILE_SIZE = "Max file size"
 
 
@@ -59,7 +62,7 @@ class Writer:
     @property
     def is_known(self) -> bool:
         """Whether the user is one that can be told from here; in a user namespace others are all one."""
-        return self.peer is not None and self.peer.uid != _overflow_uid()
+        return self.peer is not None and self.peer.uid != overflow_uid()
 
     def make_directory(self, directory: Path) -> None:
         """Make *directory* for the VMM to write into, and for nobody else."""
@@ -94,6 +97,34 @@ class Writer:
         gid = self.group if self.group is not None else status.st_gid if inherits else os.getegid()
         return None if gid in self._groups() else f"is not in the group {gid}, to which its directory would belong"
 
+    def why_shut_out_of(self, catalog: Catalog, instance: InstanceId) -> str | None:
+        """Why it could not write into a snapshot of *instance*, or None, with directories as they will be made."""
+        why = self.why_shut_out(catalog.root)
+        if why is not None or not self.is_other:
+            return why
+        above = _Inode.of(catalog.root)
+        if _has_list(catalog.root, _DEFAULT_ACL):
+            return None  # that may let it in: seen when it writes
+        home = catalog.root / instance
+        for directory in (home, catalog.partial(instance, "run")):
+            there = directory.is_dir()
+            if there and _has_list(directory):
+                return None
+            above = self._let_in(_Inode.of(directory), catalog.mode) if there else self._made(above, catalog.mode)
+            if not self._may_at(above, _ENTER):
+                return f"can't get into {home} (mode {stat.S_IMODE(above.mode):o})"
+        return None
+
+    def _made(self, above: "_Inode", mode: int) -> "_Inode":
+        gid = self.group if self.group is not None else above.gid if above.mode & stat.S_ISGID else os.getegid()
+        return _Inode(os.geteuid(), gid, mode | above.mode & stat.S_ISGID)
+
+    def _let_in(self, there: "_Inode", mode: int) -> "_Inode":
+        """As `Catalog.begin` opens what is its own."""
+        if there.uid != os.geteuid():
+            return there
+        return _Inode(there.uid, there.gid if self.group is None else self.group, there.mode | mode)
+
     def why_too_small(self, file_bytes: int) -> str | None:
         """Why it could not write a file of *file_bytes*, or None: beyond its limit the kernel ends it and its guest."""
         limit = None if self.peer is None else _file_limit(self.peer.pid)
@@ -106,21 +137,36 @@ class Writer:
         )
 
     def _may(self, path: Path, wanted: int) -> bool:
-        status = path.stat()
-        if _has_list(path):
-            return True  # that may let it in: seen when it writes
+        # A list may let it in: seen when it writes.
+        return _has_list(path) or self._may_at(_Inode.of(path), wanted)
+
+    def _may_at(self, there: "_Inode", wanted: int) -> bool:
         assert self.peer is not None
         if not self.is_known:
-            return bool(status.st_mode & (wanted << 3 | wanted))
-        if status.st_uid == self.peer.uid:
-            return bool(status.st_mode & wanted << 6)
-        if status.st_gid in self._groups():
-            return bool(status.st_mode & wanted << 3)
-        return bool(status.st_mode & wanted)
+            return bool(there.mode & (wanted << 3 | wanted))
+        if there.uid == self.peer.uid:
+            return bool(there.mode & wanted << 6)
+        if there.gid in self._groups():
+            return bool(there.mode & wanted << 3)
+        return bool(there.mode & wanted)
 
     def _groups(self) -> set[int]:
         assert self.peer is not None
         return {self.peer.gid, *_groups_of_process(self.peer.pid), *_groups_of_user(self.peer)}
+
+
+@frozen
+class _Inode:
+    """By which the kernel decides who may go where."""
+
+    uid: int
+    gid: int
+    mode: int
+
+    @classmethod
+    def of(cls, path: Path) -> "_Inode":
+        status = path.stat()
+        return cls(status.st_uid, status.st_gid, status.st_mode)
 
 
 def _file_limit(pid: int) -> int | None:
@@ -147,15 +193,16 @@ def _groups_of_user(peer: Peer) -> list[int]:
         return []
 
 
-def _has_list(path: Path) -> bool:
+def _has_list(path: Path, name: str = _ACL) -> bool:
     try:
-        os.getxattr(path, _ACL)
+        os.getxattr(path, name)
     except OSError:
         return False
     return True
 
 
-def _overflow_uid() -> int:
+def overflow_uid() -> int:
+    """The one that stands for all users that can't be told from here."""
     try:
         return int(Path("/proc/sys/kernel/overflowuid").read_text())
     except OSError:

@@ -1,7 +1,6 @@
 """Which snapshots instances have, for whoever must not wait for a hypervisor: told by runs, asked for now and then."""
 
-import math
-from collections.abc import Collection
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import suppress
 from datetime import datetime, timedelta
 
@@ -21,7 +20,17 @@ ROUND_S = 60.0
 OLD_AFTER = timedelta(hours=1)
 """An answer is asked for again: somebody may have deleted snapshots by hand."""
 ANSWER_S = 10.0
+AT_A_TIME = 500
+"""So many instances are looked through before runs that are due get their turn."""
 _log = structlog.get_logger()
+
+
+async def _by_the_way(instances: Iterable[InstanceId]) -> AsyncIterator[InstanceId]:
+    """*instances* as they are now, without holding up anybody where they are a hundred thousand."""
+    for number, instance in enumerate([*instances], 1):
+        yield instance
+        if number % AT_A_TIME == 0:
+            await trio.lowlevel.checkpoint()
 
 
 @frozen
@@ -44,6 +53,7 @@ class KeptSnapshots:
 
     def heard(self, instance: InstanceId, snapshots: tuple[Snapshot, ...] | None) -> None:
         """Take in what a backend told; None: it could not tell, and what it told before counts no longer."""
+        self._answers.pop(instance, None)  # in the order of the answers, the oldest first
         self._answers[instance] = _Answer(snapshots, self._engine.clock.boot_s())
 
     def of(self, instance: InstanceId) -> tuple[Snapshot, ...] | None:
@@ -61,29 +71,30 @@ class KeptSnapshots:
         busy: set[str] = set()
         async with trio.open_nursery() as nursery:
             while True:
-                for backend, instances in self._to_ask().items():
+                for backend, instances in (await self._to_ask()).items():
                     if backend not in busy:
                         busy.add(backend)
                         nursery.start_soon(self._ask_each, backend, instances, busy)
                 await trio.sleep(ROUND_S)
 
-    def _to_ask(self) -> dict[str, list[InstanceId]]:
+    async def _to_ask(self) -> dict[str, list[InstanceId]]:
         """Instances by backend, those first that were not asked about for longest."""
         schedules, boot_s = self._engine.store.schedules, self._engine.clock.boot_s()
-        for gone in self._answers.keys() - schedules.keys():
-            del self._answers[gone]
-        to_ask: dict[str, list[InstanceId]] = {}
-        for instance in sorted(schedules, key=self._known_since):
+        old = []
+        async for instance in _by_the_way(self._answers):
             known = self._answers.get(instance)
-            if known is not None and not known.is_old(boot_s):
-                continue
-            with suppress(UnknownBackendError):
-                to_ask.setdefault(self._engine.fleet.resolve(schedules[instance].backend), []).append(instance)
+            if instance not in schedules:
+                self._answers.pop(instance, None)
+            elif known is not None and known.is_old(boot_s):
+                old.append(instance)
+        unknown = [instance async for instance in _by_the_way(schedules) if instance not in self._answers]
+        to_ask: dict[str, list[InstanceId]] = {}
+        async for instance in _by_the_way([*unknown, *old]):
+            schedule = schedules.get(instance)
+            if schedule is not None:
+                with suppress(UnknownBackendError):
+                    to_ask.setdefault(self._engine.fleet.resolve(schedule.backend), []).append(instance)
         return to_ask
-
-    def _known_since(self, instance: InstanceId) -> float:
-        known = self._answers.get(instance)
-        return -math.inf if known is None else known.at_s
 
     async def _ask_each(self, backend: str, instances: Collection[InstanceId], busy: set[str]) -> None:
         for instance in instances:
