@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import signal
 import socket as sockets
 import tempfile
 import threading
@@ -211,21 +212,26 @@ def test_whoever_reads_a_disk_does_not_use_it_and_asking_leaves_nothing(tmp_path
     assert "LEASE" not in Path("/proc/locks").read_text()
 
 
-def test_a_disk_that_is_opened_while_the_kernel_is_asked_ends_nobody(tmp_path: Path) -> None:
+def test_a_disk_that_is_opened_while_the_kernel_is_asked_ends_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     disk = make_disk(tmp_path / "root.raw")
-    over = threading.Event()
+    ask, got = fcntl.fcntl, []
 
-    def open_and_close() -> None:
-        while not over.is_set():
-            os.close(os.open(disk, os.O_WRONLY))
+    def ask_and_open(descriptor: Any, command: int, argument: Any = 0) -> Any:
+        answer = ask(descriptor, command, argument)
+        if (command, argument) == (fcntl.F_SETLEASE, fcntl.F_RDLCK):
+            with pytest.raises(BlockingIOError):
+                os.open(disk, os.O_WRONLY | os.O_NONBLOCK)
+        return answer
 
-    thread = threading.Thread(target=open_and_close)
-    thread.start()
-    answers = [bool(using.use_of([disk]).written) for _ in range(2000)]
-    over.set()
-    thread.join()
-    assert set(answers) <= {True, False}
-    assert len(answers) == 2000
+    before = signal.signal(signal.SIGIO, lambda *_: got.append("SIGIO"))
+    try:
+        monkeypatch.setattr(fcntl, "fcntl", ask_and_open)
+        assert using.use_of([disk]) == using.Use()
+    finally:
+        signal.signal(signal.SIGIO, before)
+    assert got == []
 
 
 @asynccontextmanager
@@ -364,6 +370,31 @@ def test_a_process_is_known_by_its_number_and_its_begin() -> None:
     assert evolve(me, pid=0, started=None).lives()  # of another namespace: nothing is known of it
     assert not evolve(me, pid=0).is_known
     assert processes.started_of(0) is None
+
+
+def test_a_process_that_only_hands_sockets_on_is_noted_for_no_guest(tmp_path: Path) -> None:
+    origin.write_note(tmp_path, Peer(os.getpid(), 0, 0, 1))
+    assert origin.read_note(tmp_path) is None
+    machine = os.memfd_create("kvm-vm")
+    origin.write_note(tmp_path, Peer(os.getpid(), 0, 0, 1))
+    os.close(machine)
+    noted = origin.read_note(tmp_path)
+    assert noted is not None
+    assert (noted.pid, noted.started) == (os.getpid(), 1)
+
+
+def test_a_note_of_another_namespace_or_a_torn_one_tells_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "has_no_guest", lambda _: False)
+    origin.write_note(tmp_path, Peer(os.getpid(), 0, 0, None))
+    assert origin.read_note(tmp_path) is not None
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(processes, "namespace", lambda: "pid:[1]")
+        assert origin.read_note(tmp_path) is None
+    for torn in (b"", b'{"pid": 1', b"[]", b'{"pid": "x", "started": 1, "namespace": ""}'):
+        (tmp_path / origin.NOTE).write_bytes(torn)
+        assert origin.read_note(tmp_path) is None
 
 
 @pytest.fixture

@@ -19,8 +19,11 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 def write_note(partial: Path, peer: Peer | None) -> None:
-    """Note in *partial* that *peer* is the process whose guest will stand still. Blocking."""
-    if peer is not None and peer.is_known:
+    """Note in *partial* that *peer* is the process whose guest will stand still. Blocking.
+
+    Not of a process that has handed its socket on: nothing follows from its life or death.
+    """
+    if peer is not None and peer.is_known and not processes.has_no_guest(peer.pid):
         told = {"pid": peer.pid, "started": peer.started, "namespace": processes.namespace()}
         descriptor = os.open(partial / NOTE, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "wb") as file:

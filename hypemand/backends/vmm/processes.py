@@ -6,6 +6,8 @@ from pathlib import Path
 
 _START = 19
 """Place of the start time in the stat file of a process, counted from after its name."""
+_HYPERVISORS = ("kvm", "mshv")
+"""In the names of descriptors: a machine of KVM, or of Microsoft's hypervisor."""
 
 
 def started_of(pid: int) -> int | None:
@@ -37,6 +39,16 @@ def lives(pid: int, started: int | None) -> bool:
         return not ended.poll(0)
     finally:
         os.close(descriptor)
+
+
+def has_no_guest(pid: int) -> bool:
+    """Whether it is seen that process *pid* has no virtual machine: one that only hands sockets on to others."""
+    try:
+        with os.scandir(f"/proc/{pid}/fd") as entries:
+            names = [os.readlink(entry.path) for entry in entries]  # noqa: PTH115 - most of them are no paths
+    except OSError:  # not ours to see, or it opens and closes files right now
+        return False
+    return not any(hypervisor in name for name in names for hypervisor in _HYPERVISORS)
 
 
 def seconds(started: int) -> float:
