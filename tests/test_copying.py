@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from hypemand.backends.base import CaptureFailed, Meter
+from hypemand.backends.base import CaptureFailed
 from hypemand.backends.copying import CHUNK, copy_file, data_bytes
+from hypemand.backends.meter import Meter
 
 MIB = 1 << 20
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import trio
 
-from hypemand.backends import registry
+from hypemand.backends import embedded, reflinks, registry
 from hypemand.backends.base import (
     Backend,
     BackendUnavailable,
@@ -326,6 +326,19 @@ async def test_the_way_back_is_commands_that_bring_back_every_byte(
         assert (home / name).read_bytes() == (before if name in files else changed)[name]
     assert said(root) == {"state": "Stopped", "owner": "alice"}
     assert (await backend.prepare(WEB, kind)).taken_names == {"nightly-1"}
+
+
+async def test_much_data_that_can_not_be_reflinked_gets_advice(root: Path, backend: Backend) -> None:
+    home = root / "instances" / WEB
+    assert (await backend.prepare(WEB, SnapshotKind.STANDBY)).advice == ()
+    with (home / "disk").open("r+b") as disk:  # as if it had so much data: holes are nothing to copy
+        disk.truncate(reflinks.MUCH + MIB)
+        assert (await backend.prepare(WEB, SnapshotKind.STANDBY)).advice == ()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(embedded, "data_bytes", lambda path: path.stat().st_size)
+            patch.setattr(embedded, "can_reflink", lambda file, directory: False)
+            (advice,) = (await backend.prepare(WEB, SnapshotKind.STANDBY)).advice
+    assert advice.startswith("its disks have 1.0 GiB of data to be copied while the guest stands still")
 
 
 async def test_the_page_on_restoring_says_what_manifests_say(root: Path, backend: Backend) -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 
-from hypemand.backends import copying
-from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Unsupported
+from hypemand.backends import copying, reflinks
+from hypemand.backends.base import BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.catalog import Catalog, Manifest
-from hypemand.backends.vmm import preparing
+from hypemand.backends.meter import Meter
+from hypemand.backends.reflinks import can_reflink
 from hypemand.backends.vmm.dialect import Drive
 from hypemand.backends.vmm.disks import copy_disks, disks_of, locked, read_disk, signs_of
-from hypemand.backends.vmm.reflinks import can_reflink
 from hypemand.backends.vmm.views import View
 from hypemand.core.model import InstanceId, RestoreAction, SnapshotKind
 from tests.vmm_backend import THEN, carry_out, published, running
@@ -235,7 +235,7 @@ async def test_on_xfs_a_copy_shares_its_data_and_takes_no_room(xfs: Path) -> Non
 async def test_disks_that_can_be_reflinked_need_no_room_and_others_get_advice(
     kind: str, xfs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "MUCH", MIB)
+    monkeypatch.setattr(reflinks, "MUCH", MIB)
     disks = [(make_disk(xfs / "root.raw", size=64 * MIB, data=32 * MIB), "rw")]
     async with running(kind, xfs, disks=disks) as (guest, backend):
         ready = await backend.prepare(guest.instance_id, SnapshotKind.STANDBY)

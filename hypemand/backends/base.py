@@ -5,8 +5,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
-from attrs import Factory, define, field, frozen
+from attrs import Factory, field, frozen
 
+from hypemand.backends.meter import Meter
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind
 
@@ -91,19 +92,6 @@ class Preparation:
     freezes: Freezer | None = None
     warnings: tuple[str, ...] = ()
     advice: tuple[str, ...] = ()
-
-
-@define(eq=False)
-class Meter:
-    """How far the copies of a capture have come. Written by whoever copies, one thread at a time; read by anybody.
-
-    Attributes:
-        total_bytes: What is to be copied, holes left out as far as that is known; zero: nothing is known.
-        done_bytes: What has been copied.
-    """
-
-    total_bytes: int = 0
-    done_bytes: int = 0
 
 
 @frozen(kw_only=True)

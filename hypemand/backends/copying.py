@@ -16,7 +16,8 @@ from typing import Protocol
 import trio
 from attrs import frozen
 
-from hypemand.backends.base import CaptureFailed, Meter
+from hypemand.backends.base import CaptureFailed
+from hypemand.backends.meter import Meter
 
 CHUNK = 8 << 20
 _PIECE = 1 << 20

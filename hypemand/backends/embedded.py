@@ -47,7 +47,9 @@ from hypemand.backends.embedded_guests import (
     write_state,
 )
 from hypemand.backends.embedded_settings import Settings
+from hypemand.backends.ids import checked
 from hypemand.backends.questions import Questions
+from hypemand.backends.reflinks import MUCH, advice_on_copies, can_reflink
 from hypemand.backends.registry import connection_of
 from hypemand.core.errors import RuleBroken
 from hypemand.core.model import (
@@ -108,12 +110,12 @@ class EmbeddedBackend:
 
     async def state(self, instance: InstanceId) -> Status:
         """What ``instance.json`` says at the moment."""
-        guest = await self._told(self._read, _checked(instance))
+        guest = await self._told(self._read, checked(instance))
         return Status(guest.state, f"paused by {guest.paused_by}" if guest.paused_by else "")
 
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
         """Look at the files that would be copied, and at the catalog."""
-        return await self._told(self._prepare, _checked(instance), kind)
+        return await self._told(self._prepare, checked(instance), kind)
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """There is nothing to make ready."""
@@ -135,7 +137,7 @@ class EmbeddedBackend:
 
     async def capture(self, instance: InstanceId, request: CaptureRequest) -> Captured:
         """Copy the instance's files."""
-        home = self._home(_checked(instance))
+        home = self._home(checked(instance))
         try:
             manifest = await self._copy(home, instance, request)
         except BaseException:
@@ -179,16 +181,16 @@ class EmbeddedBackend:
 
     async def publish(self, snapshot: Snapshot) -> None:
         """Make the copies durable, then give them their name in the catalog."""
-        await self._in_thread(self._catalog.publish, _checked(snapshot.instance_id), snapshot.id)
+        await self._in_thread(self._catalog.publish, checked(snapshot.instance_id), snapshot.id)
 
     async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
         """What the catalog holds, also of an instance that is gone."""
-        manifests = await self._told(self._catalog.manifests, _checked(instance))
+        manifests = await self._told(self._catalog.manifests, checked(instance))
         return tuple(manifest.snapshot() for manifest in manifests)
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
         """Delete it from the catalog."""
-        await self._in_thread(self._catalog.delete, _checked(snapshot.instance_id), snapshot.id)
+        await self._in_thread(self._catalog.delete, checked(snapshot.instance_id), snapshot.id)
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
         """Thaw first, by the mark alone; then look at the catalog. A partial snapshot is never complete here."""
@@ -233,7 +235,7 @@ class EmbeddedBackend:
         One at a time, so that a pause that was cancelled while it was written
         is over before the resume that follows; one that had not begun never does.
         """
-        lock, abandoned = self._locks[_checked(instance)], threading.Event()
+        lock, abandoned = self._locks[checked(instance)], threading.Event()
 
         def work() -> Guest:
             with lock:
@@ -290,13 +292,15 @@ class EmbeddedBackend:
             raise BackendUnavailable(f"{path} is missing; {write}") from None
 
     def _prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
+        files, catalog = [self._home(instance) / name for name in _FILES[kind]], self._catalog.root
         try:
-            sizes = [size_of(self._home(instance) / name) for name in _FILES[kind]]
+            needed = sum(map(size_of, files))
         except Unsupported:
             self._read(instance)  # there may be no such instance at all
             raise
-        names = {manifest.name for manifest in self._catalog.manifests(instance)}
-        return Preparation((Room(self._catalog.root, sum(sizes) + MARGIN),), frozenset(names))
+        names = frozenset(manifest.name for manifest in self._catalog.manifests(instance))
+        copied = 0 if needed <= MUCH else sum(data_bytes(file) for file in files if not can_reflink(file, catalog))
+        return Preparation((Room(catalog, needed + MARGIN),), names, advice=advice_on_copies(copied, catalog))
 
     def _begin(self, instance: InstanceId, request: CaptureRequest) -> Path:
         files = [self._home(instance) / name for name in _FILES[request.kind]]
@@ -308,13 +312,6 @@ class EmbeddedBackend:
         self._catalog.discard(run.instance_id, run.run_id)
         manifest = self._catalog.find(run.instance_id, run.run_id)
         return manifest.snapshot() if manifest is not None else None
-
-
-def _checked(instance: InstanceId) -> InstanceId:
-    try:
-        return check_instance_id(instance)
-    except RuleBroken as error:
-        raise InstanceNotFound(f"no instance can have this id: {error}") from error
 
 
 def _build(name: str, settings: Settings, surroundings: Surroundings) -> EmbeddedBackend:

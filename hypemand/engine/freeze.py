@@ -10,15 +10,8 @@ import structlog
 import trio
 from attrs import define, evolve, field, frozen
 
-from hypemand.backends.base import (
-    Backend,
-    Captured,
-    CaptureFailed,
-    CaptureRequest,
-    InstanceNotFound,
-    InvalidState,
-    Meter,
-)
+from hypemand.backends.base import Backend, Captured, CaptureFailed, CaptureRequest, InstanceNotFound, InvalidState
+from hypemand.backends.meter import Meter
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import Freezer, InstanceId, InstanceState
 from hypemand.core.runstate import Steps

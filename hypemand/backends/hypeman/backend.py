@@ -32,11 +32,12 @@ from hypemand.backends.catalog import Catalog, Manifest
 from hypemand.backends.hypeman import drafts as writing
 from hypemand.backends.hypeman.documents import RUN_TAG, Guest, Kept, StrangeAnswerError, guests_of, kept_of
 from hypemand.backends.hypeman.drafts import Drafts
-from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, NotRestoredError, checked
+from hypemand.backends.hypeman.guests import ON_ITS_WAY_S, Guests, NotRestoredError
 from hypemand.backends.hypeman.listing import Listing
 from hypemand.backends.hypeman.server import Answer, NotSentError, Server
 from hypemand.backends.hypeman.settings import HypemanSettings
 from hypemand.backends.hypeman.uncut import Uncut
+from hypemand.backends.ids import checked
 from hypemand.backends.registry import connection_of
 from hypemand.core.errors import RuleBroken
 from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind

@@ -9,9 +9,8 @@ from hypemand.backends.base import BackendUnavailable, InstanceNotFound
 from hypemand.backends.hypeman.documents import Guest, guest_of
 from hypemand.backends.hypeman.server import Server
 from hypemand.backends.hypeman.uncut import Uncut
-from hypemand.core.errors import RuleBroken
+from hypemand.backends.ids import checked
 from hypemand.core.model import InstanceId, InstanceState
-from hypemand.core.naming import check_instance_id
 
 _RUNS = (InstanceState.RUNNING, InstanceState.INITIALIZING)
 _OFF = (InstanceState.STOPPED, InstanceState.SHUTDOWN)
@@ -24,18 +23,6 @@ _log = structlog.get_logger()
 
 class NotRestoredError(BackendUnavailable):
     """The server says that it could not have the guest run again."""
-
-
-def checked(instance: InstanceId) -> InstanceId:
-    """*instance*, if it can stand in a path.
-
-    Raises:
-        InstanceNotFound: It can't be the id of anything.
-    """
-    try:
-        return check_instance_id(instance)
-    except RuleBroken as error:
-        raise InstanceNotFound(f"no instance can have this id: {error}") from error
 
 
 @frozen(eq=False)

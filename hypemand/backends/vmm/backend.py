@@ -19,10 +19,11 @@ from hypemand.backends.base import (
     Surroundings,
 )
 from hypemand.backends.catalog import Catalog
+from hypemand.backends.ids import checked
 from hypemand.backends.vmm.capturing import Capturing
 from hypemand.backends.vmm.client import SocketAbsent
 from hypemand.backends.vmm.dialect import Dialect
-from hypemand.backends.vmm.guests import Guests, checked
+from hypemand.backends.vmm.guests import Guests
 from hypemand.backends.vmm.preparing import Preparing
 from hypemand.backends.vmm.settings import VmmSettings, absolute, connection
 from hypemand.backends.vmm.thawing import thaw

@@ -14,9 +14,10 @@ import structlog
 import trio
 from attrs import Factory, evolve, frozen
 
-from hypemand.backends.base import BackendUnavailable, Captured, CaptureFailed, CaptureRequest, InvalidState, Meter
+from hypemand.backends.base import BackendUnavailable, Captured, CaptureFailed, CaptureRequest, InvalidState
 from hypemand.backends.catalog import Manifest
 from hypemand.backends.copying import copy_file
+from hypemand.backends.meter import Meter
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm import origin
 from hypemand.backends.vmm.client import Client, ConnectionLost, Peer, Refused, SocketAbsent

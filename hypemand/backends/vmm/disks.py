@@ -11,8 +11,9 @@ from pathlib import Path
 import trio
 from attrs import Factory, field, frozen
 
-from hypemand.backends.base import BackendUnavailable, CaptureFailed, Meter, Unsupported
+from hypemand.backends.base import BackendUnavailable, CaptureFailed, Unsupported
 from hypemand.backends.copying import copy_file
+from hypemand.backends.meter import Meter
 from hypemand.backends.vmm.dialect import Dialect, Drive, Identity
 from hypemand.backends.vmm.handles import Handle, check_same, files_of_process, held, held_below
 from hypemand.backends.vmm.handles import Identity as FileIdentity

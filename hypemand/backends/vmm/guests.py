@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 import trio
 from attrs import field, frozen
 
-from hypemand.backends.base import BackendUnavailable, InstanceNotFound
+from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.catalog import Catalog
+from hypemand.backends.ids import checked
 from hypemand.backends.questions import Questions
 from hypemand.backends.templates import filled
 from hypemand.backends.vmm.client import Client, SocketAbsent
@@ -21,9 +22,7 @@ from hypemand.backends.vmm.rights import Writer, group_id
 from hypemand.backends.vmm.settings import VmmSettings
 from hypemand.backends.vmm.using import use_of
 from hypemand.backends.vmm.views import View
-from hypemand.core.errors import RuleBroken
 from hypemand.core.model import InstanceId
-from hypemand.core.naming import check_instance_id
 
 T = TypeVar("T")
 SAVED = "vmm"
@@ -140,11 +139,3 @@ class Guests:
             await client.aclose()
         self._clients.clear()
         await trio.lowlevel.checkpoint()
-
-
-def checked(instance: InstanceId) -> InstanceId:
-    """*instance*, if it may be part of a path."""
-    try:
-        return check_instance_id(instance)
-    except RuleBroken as error:
-        raise InstanceNotFound(f"no instance can have this id: {error}") from error

@@ -6,19 +6,15 @@ from pathlib import Path
 from attrs import frozen
 
 from hypemand.backends.base import Preparation, Room, Unsupported
+from hypemand.backends.reflinks import advice_on_copies, can_reflink
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm.client import SocketAbsent
 from hypemand.backends.vmm.dialect import Identity, Machine
 from hypemand.backends.vmm.disks import Disk
 from hypemand.backends.vmm.guests import Guests
 from hypemand.backends.vmm.readying import MARGIN, check_limit
-from hypemand.backends.vmm.reflinks import can_reflink
 from hypemand.backends.vmm.stopped import read_disks
 from hypemand.core.model import InstanceId, SnapshotKind
-from hypemand.core.size import format_size
-
-MUCH = 1 << 30
-"""Disks with more data than that take long to copy, seen from the guest."""
 
 
 @frozen(eq=False)
@@ -60,11 +56,12 @@ class Preparing:
         self._check_writable(instance)
         self._check_allowed(machine)
         check_limit(self.guests, self.guests.writer(instance), machine)
+        copied = _copied_bytes(found, catalog)
         return Preparation(
-            rooms=tuple(self._rooms(instance, machine.memory_bytes, _copied_bytes(found, catalog))),
+            rooms=tuple(self._rooms(instance, machine.memory_bytes, copied)),
             taken_names=names,
             warnings=(*machine.warnings, *_overlays(found), *_not_known(found, known)),
-            advice=tuple(_advice(found, catalog)),
+            advice=advice_on_copies(copied, catalog),
         )
 
     def _rooms(self, instance: InstanceId, memory: int, disks: int) -> list[Room]:
@@ -122,14 +119,3 @@ def _not_known(disks: Sequence[Disk], known: set[Path]) -> list[str]:
         for disk in disks
         if known and disk.file not in known
     ]
-
-
-def _advice(disks: Sequence[Disk], catalog: Path) -> list[str]:
-    copied = _copied_bytes(disks, catalog)
-    if copied <= MUCH:
-        return []
-    said = (
-        f"its disks have {format_size(copied)} of data to be copied while the guest stands still: with disks and"
-        f" {catalog} on one filesystem that can reflink (XFS, btrfs), that takes milliseconds"
-    )
-    return [said]

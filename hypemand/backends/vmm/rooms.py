@@ -3,8 +3,8 @@
 import os
 from pathlib import Path
 
-from hypemand.backends.base import Meter
 from hypemand.backends.copying import CHUNK
+from hypemand.backends.meter import Meter
 
 AHEAD = 2 * CHUNK
 """So much is let go of before it is written: what a copy writes at once, and as much for the filesystem's own."""
