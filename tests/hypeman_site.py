@@ -23,6 +23,8 @@ from tests.processes import PATIENCE_S, ROOT
 PROGRAM = ("-E", "-s", "-S", "-m", "tests.hypeman_server")
 TLS = Path(__file__).parent / "tls"
 WEB = InstanceId("qilviffnqzck2jrim1x6s2b1")
+SNAPSHOTS = f"POST /instances/{WEB}/snapshots"
+RESTORE = f"POST /instances/{WEB}/restore"
 
 
 @define(eq=False)
