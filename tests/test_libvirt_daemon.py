@@ -137,7 +137,7 @@ async def test_when_daemon_and_libvirtd_are_killed_in_mid_capture_the_guard_has_
 async def test_a_daemon_whose_libvirtd_hangs_in_mid_capture_ends_all_the_same_and_the_next_one_settles_the_run(
     lab: Lab,
 ) -> None:
-    with running_libvirt_guest(shared_libvirtd(), memory_mb=256, filled=True) as guest:
+    with running_libvirt_guest(shared_libvirtd(), memory_mb=640, filled=True) as guest:  # it takes long to save
         await guest.next_ticks(20)
         write_config(lab, guest, runs='shutdown_grace = "1s"')
         async with running_daemon(lab.config) as daemon:

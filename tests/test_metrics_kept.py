@@ -166,4 +166,4 @@ async def test_looking_through_many_schedules_lets_others_have_their_turns(
             asked = await kept._to_ask()
             nursery.cancel_scope.cancel()
     assert len(asked["fake"]) == 6 * AT_A_TIME + 1
-    assert turns >= 12
+    assert turns >= 10  # once for each 500 that were looked through, twice

@@ -15,7 +15,7 @@ VARIABLE = "KILL_AT"
 """Environment variable that tells a victim where."""
 
 STEPS = (
-    *("inspect", "inspect again", "prepare", "claim", "make ready", "look", "pause", "capture", "resume"),
+    *("inspect", "prepare", "claim", "make ready", "look", "pause", "capture", "resume"),
     *("complete", "publish", "keep", "list", "delete", "record", "file"),
 )
 """A run's steps in their order. *look*: once more at the guest, right before its pause. *keep*: the schedule's file

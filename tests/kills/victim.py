@@ -88,7 +88,7 @@ class Trap:
     def step_of_look(self) -> str:
         """Which step a question for the guest's state is."""
         self.looks += not self.claimed
-        return "look" if self.claimed else {1: "inspect", 2: "inspect again"}.get(self.looks, "")
+        return "look" if self.claimed else {1: "inspect"}.get(self.looks, "")  # more only where a slot is waited for
 
 
 def _children() -> tuple[int, ...]:
