@@ -364,7 +364,7 @@ async def test_not_root_hypemand_lets_a_group_in_and_shuts_the_door_again(place:
         socket.chmod(0o666)
         script = f"""
 import json, os
-import httpx2, httpx2._transports.default, httpcore2._backends.trio, trio
+import trio
 from pathlib import Path
 from hypemand.backends import firecracker, registry
 from hypemand.backends.base import Surroundings

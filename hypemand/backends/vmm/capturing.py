@@ -69,11 +69,11 @@ class Capturing:
         if self._is_ready(instance, request) or self._is_paused(instance, request):
             return
         client = self.guests.client(instance)
-        await client.hold()
+        client.hold()
         try:
             self._ready[instance] = await self._made_ready(instance, request, client)
         except BaseException:
-            await client.let_go()
+            client.let_go()
             raise
 
     async def _made_ready(self, instance: InstanceId, request: CaptureRequest, client: Client) -> Ready:
@@ -145,7 +145,7 @@ class Capturing:
         except (Refused, ConnectionLost):
             await self._resume_if_paused(client)
         self.paused.pop(instance, None)
-        await client.let_go()
+        client.let_go()
 
     def _has_ended(self, instance: InstanceId) -> bool:
         paused = self.paused.get(instance)
@@ -249,10 +249,10 @@ class Capturing:
         await self.guests.in_thread(check_documents, self.guests.dialect, target)
         return saved
 
-    async def forget(self, instance: InstanceId) -> None:
+    def forget(self, instance: InstanceId) -> None:
         """Let go of what was made ready for a capture that is over, or never came."""
         self.paused.pop(instance, None)
-        await self.guests.client(instance).let_go()
+        self.guests.client(instance).let_go()
         self._taken.pop(instance, None)
         self._ready.pop(instance, None)
 

@@ -2,19 +2,15 @@
 
 Time limits are the caller's: saving the memory of a guest takes minutes. A VMM
 serves its requests one by one, so an answer means that what was asked before
-is over.
+is over. Each request connects anew, so that a thousand guests hold no thousand
+sockets, and by a descriptor of the socket's file: its path may be of any length.
 """
 
-import contextlib
 import errno
-import importlib
 import os
-import socket as sockets
-import struct
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import orjson
 import trio
@@ -22,17 +18,13 @@ from attrs import define, field, frozen
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.vmm import processes
-from hypemand.backends.vmm.place import Place, new_http, place_of
+from hypemand.backends.vmm.exchange import MOST_BYTES, BrokenError, TooLongError, exchange
+from hypemand.backends.vmm.handles import Handle, held_below
 
-if TYPE_CHECKING:
-    import httpx2
-
-MOST_BYTES = 8 << 20
-"""No answer of a VMM is longer than that."""
+AT_ONCE = 4
+"""Connections to one VMM: both take ten in all, and refuse others."""
 SAID_CHARS = 600
 """So much of what a VMM says of an error is told."""
-LONGEST_PATH = 107
-"""Longest path of a unix socket, in bytes: the kernel's limit."""
 _NOBODY = frozenset({errno.ENOENT, errno.ECONNREFUSED, errno.ENOTDIR})
 _BUSY = frozenset({429, 503})
 
@@ -97,9 +89,8 @@ class Client:
     socket: Path
     root: Path | None = None
     peer: Peer | None = field(init=False, default=None)
-    _http: "httpx2.AsyncClient | None" = field(init=False, default=None)
-    _held: Place | None = field(init=False, default=None)
-    _is_imported: bool = field(init=False, default=False)
+    _held: Handle | None = field(init=False, default=None)
+    _at_once: trio.Semaphore = field(init=False, factory=lambda: trio.Semaphore(AT_ONCE))
 
     def has_ended(self) -> bool:
         """Whether the process that gave the last answer is known to be no more."""
@@ -109,7 +100,7 @@ class Client:
         """Whether that process is there, whatever has become of its socket."""
         return self.peer is not None and self.peer.is_known and self.peer.lives()
 
-    async def hold(self) -> None:
+    def hold(self) -> None:
         """From now on ask whoever listens now, whatever becomes of the socket's path.
 
         So a guest is resumed by the VMM that has paused it, also where
@@ -118,14 +109,14 @@ class Client:
         Raises:
             BackendUnavailable: There is no such socket.
         """
-        await self.let_go()
-        self._held = await self._place()
+        try:
+            self._held = self._place()
+        except OSError as error:
+            raise _no_answer(self.socket, error) from error
 
-    async def let_go(self) -> None:
+    def let_go(self) -> None:
         """Ask whoever listens at the path."""
-        if self._held is not None:
-            held, self._held = self._held, None
-            await held.end()
+        self._held = None
 
     async def get(self, path: str) -> Any:
         """What *path* has, as JSON. Asked twice where the connection breaks: asking changes nothing."""
@@ -152,107 +143,29 @@ class Client:
         status, data = await self._ask(method, path, body)
         _check_status(status, data, self.socket)
 
-    async def aclose(self) -> None:
-        """Close what is open."""
-        await self.let_go()
-        if self._http is not None:
-            http, self._http = self._http, None
-            with trio.CancelScope(shield=True):  # nothing of it waits for the other side
-                await http.aclose()
-
     async def _ask(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, bytes]:
         content = None if body is None else orjson.dumps(body)
-        headers = {} if body is None else {"Content-Type": "application/json"}
-        async with self._asking() as http:
-            with _as_unavailable(self.socket):
-                async with http.stream(method, path, content=content, headers=headers) as response:
-                    self._remember(response)
-                    return response.status_code, await _read(response, self.socket)
-
-    def _remember(self, response: "httpx2.Response") -> None:
-        stream = response.extensions["network_stream"]
-        format_ = "3i"
-        raw = stream.get_extra_info("socket").getsockopt(
-            sockets.SOL_SOCKET, sockets.SO_PEERCRED, struct.calcsize(format_)
-        )
-        pid, uid, gid = struct.unpack(format_, raw)
-        self.peer = Peer(pid, uid, gid, processes.started_of(pid))
-
-    @asynccontextmanager
-    async def _asking(self) -> AsyncIterator["httpx2.AsyncClient"]:
-        """Each request connects anew, so that a thousand guests hold no thousand sockets."""
-        if self._held is not None:
-            async with self._held.in_use() as http:
-                yield http
-        elif self.root is not None or len(os.fsencode(self.socket)) > LONGEST_PATH:
-            place = await self._place()
+        async with self._at_once:
             try:
-                async with place.in_use() as http:
-                    yield http
-            finally:
-                await place.end()
-        else:
-            await self._import_http()
-            self._http = self._http or new_http(str(self.socket))
-            yield self._http
+                held = self._held or self._place()  # kept until it is over: its number would be another file's then
+                answer = await exchange(f"/proc/self/fd/{held.fileno()}", method, path, content)
+            except OSError as error:
+                raise _no_answer(self.socket, error) from error
+            except BrokenError as error:
+                told = f"{self.socket}: the connection broke before the answer was there ({error})"
+                raise ConnectionLost(told) from error
+            except TooLongError as error:
+                told = f"{self.socket} gives an answer of more than {MOST_BYTES >> 20} MiB: is that a VMM?"
+                raise BackendUnavailable(told) from error
+        pid, uid, gid = answer.listener
+        self.peer = Peer(pid, uid, gid, processes.started_of(pid))
+        return answer.status, answer.data
 
-    async def _place(self) -> Place:
-        await self._import_http()
-        try:
-            return place_of(self.socket, self.root)
-        except OSError as error:
-            raise _no_answer(self.socket, error) from error
-
-    async def _import_http(self) -> None:
-        if not self._is_imported:
-            await trio.to_thread.run_sync(importlib.import_module, "httpx2")  # a tenth of a second, once
-            self._is_imported = True
-
-
-async def _read(response: "httpx2.Response", socket: Path) -> bytes:
-    import httpx2
-
-    announced = response.headers.get("Content-Length", "0")
-    too_long = not announced.isdecimal() or int(announced) > MOST_BYTES
-    data = bytearray()
-    try:
-        if not too_long:
-            async for chunk in response.aiter_raw():
-                data += chunk
-                if len(data) > MOST_BYTES:
-                    too_long = True  # an answer may never end; left to its end it is, but by that of its connection
-                    await response.extensions["network_stream"].aclose()
-    except httpx2.HTTPError:
-        if not too_long:
-            raise
-    if too_long:
-        raise BackendUnavailable(f"{socket} gives an answer of more than {MOST_BYTES >> 20} MiB: is that a VMM?")
-    return bytes(data)
-
-
-@contextlib.contextmanager
-def _as_unavailable(socket: Path) -> Iterator[None]:
-    import httpx2
-
-    try:
-        yield
-    except httpx2.ConnectError as error:
-        raise _no_answer(socket, _os_error(error)) from error
-    except (httpx2.NetworkError, httpx2.RemoteProtocolError) as error:
-        told = str(error) or type(error).__name__
-        raise ConnectionLost(f"{socket}: the connection broke before the answer was there ({told})") from error
-    except httpx2.HTTPError as error:
-        raise BackendUnavailable(f"{socket}: {str(error) or type(error).__name__}") from error
-
-
-def _os_error(error: BaseException) -> OSError:
-    """The system's error behind *error*."""
-    below: BaseException | None = error
-    while below is not None:
-        if isinstance(below, OSError):
-            return below
-        below = below.__cause__ or below.__context__
-    return OSError(errno.EIO, str(error))
+    def _place(self) -> Handle:
+        """The socket's file. Nobody else ever listens at it: another process would have to make another file."""
+        if self.root is not None and self.socket.is_relative_to(self.root):
+            return held_below(self.root, str(self.socket.relative_to(self.root)))[0]
+        return Handle(os.open(self.socket, os.O_PATH | os.O_CLOEXEC))
 
 
 def _no_answer(socket: Path, error: OSError) -> BackendUnavailable:

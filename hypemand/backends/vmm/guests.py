@@ -133,9 +133,8 @@ class Guests:
         except OSError as error:
             raise BackendUnavailable(f"{error.filename or self.catalog.root}: {error.strerror}") from error
 
-    async def aclose(self) -> None:
-        """Close all connections."""
+    def close(self) -> None:
+        """Let go of what is held."""
         for client in self._clients.values():
-            await client.aclose()
+            client.let_go()
         self._clients.clear()
-        await trio.lowlevel.checkpoint()
