@@ -264,11 +264,13 @@ async def test_a_cancelled_capture_is_made_to_its_end_and_adopted(
 
 
 async def test_a_guest_that_the_server_is_just_about_to_bring_back_is_its_own_business(tmp_path: Path) -> None:
-    async with opened(tmp_path) as (site, backend), trio.open_nursery() as nursery:
+    async with opened(tmp_path) as (site, backend):
         site.be_hasty()
         site.fault(SNAPSHOTS, takes_s=2)
-        nursery.start_soon(backend.capture, WEB, new_request())
-        await wait_until(lambda: site.state() == "Standby", "the capture")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(backend.capture, WEB, new_request())
+            await wait_until(lambda: site.state() == "Standby", "the capture")
+            nursery.cancel_scope.cancel()
         other = site.backend(tmp_path)  # another process, which knows nothing of the request that is under way
         settled = await settle(other, new_request())
         assert settled.snapshot is not None

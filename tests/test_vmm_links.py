@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from hypemand.backends import registry
 from hypemand.backends.base import Backend, BackendUnavailable, CaptureFailed, Surroundings, Unsupported
 from hypemand.backends.vmm import guests as guests_module
 from hypemand.backends.vmm.disks import locked, read_disk, signs_of
-from hypemand.backends.vmm.handles import files_of_process
+from hypemand.backends.vmm.handles import files_of_process, identity
+from hypemand.backends.vmm.processes import has_no_guest
 from hypemand.core.model import InstanceId, InstanceState, RestoreAction, SnapshotKind
 from tests.vmm_backend import captured, carry_out, opened, published, request, run_of
 from tests.vmm_backend import frozen as make_frozen
@@ -80,6 +82,30 @@ def test_a_process_that_runs_no_guest_is_not_asked_for_its_files(tmp_path: Path)
     disk = make_disk(tmp_path / "d").stat()
     assert (disk.st_dev, disk.st_ino) not in found
     assert files_of_process(2**22 + 1) is None
+
+
+def test_a_process_that_opens_and_closes_files_all_the_time_is_seen_all_the_same(tmp_path: Path) -> None:
+    disk = make_disk(tmp_path / "d")
+    ended = threading.Event()
+
+    def be_busy() -> None:
+        while not ended.is_set():
+            for descriptor in [os.dup(0) for _ in range(20)]:
+                os.close(descriptor)
+
+    busy = threading.Thread(target=be_busy)
+    busy.start()
+    try:
+        assert all(has_no_guest(os.getpid()) for _ in range(100))
+        machine = os.memfd_create("kvm-vm")
+        with disk.open("rb") as file:
+            wanted = identity(os.fstat(file.fileno()))
+            looks = [files_of_process(os.getpid()) for _ in range(100)]
+        os.close(machine)
+    finally:
+        ended.set()
+        busy.join()
+    assert all(found is not None and wanted in found for found in looks)
 
 
 def test_what_is_copied_is_the_file_that_was_looked_at_first(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hypemand.backends.base import BackendUnavailable, Unsupported
+from hypemand.backends.vmm.processes import open_files
 
 MOST_LINKS = 40
 """As many links the kernel follows in one path."""
@@ -112,12 +113,7 @@ def files_of_process(pid: int) -> frozenset[Identity] | None:
 
     Whoever listens at a socket may have handed it on: a manager has none of its guests' disks open.
     """
-    found, runs_a_guest = set(), False
-    try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            for entry in entries:
-                runs_a_guest |= _KVM in os.readlink(entry.path)  # noqa: PTH115 - it is no path
-                found.add(identity(os.stat(entry.path)))  # noqa: PTH116
-    except OSError:  # not ours to see, or it opens and closes files right now
+    opened = open_files(pid)
+    if opened is None or not any(_KVM in name for name, _ in opened):
         return None
-    return frozenset(found) if runs_a_guest else None
+    return frozenset(identity(status) for _, status in opened)

@@ -6,6 +6,10 @@ from pathlib import Path
 
 _START = 19
 """Place of the start time in the stat file of a process, counted from after its name."""
+OpenFile = tuple[str, os.stat_result]
+"""A descriptor's name, which tells of what kind it is, and the file."""
+_LOOKS = 5
+"""At the files of a process that opens and closes some all the time."""
 _HYPERVISORS = ("kvm", "mshv")
 """In the names of descriptors: a machine of KVM, or of Microsoft's hypervisor."""
 
@@ -41,14 +45,39 @@ def lives(pid: int, started: int | None) -> bool:
         os.close(descriptor)
 
 
+def open_files(pid: int) -> list[OpenFile] | None:
+    """What process *pid* has open; None where that can't be seen.
+
+    Looked at anew where something was closed during the look, as connections
+    are all the time: what is open throughout is among it, maybe twice.
+    """
+    found = []
+    for _ in range(_LOOKS):
+        try:
+            now, whole = _look(pid)
+        except OSError:  # not ours to see, or gone
+            return None
+        found += now
+        if whole:
+            return found if now else None  # one that has nothing open has ended
+    return found
+
+
+def _look(pid: int) -> tuple[list[OpenFile], bool]:
+    found, whole = [], True
+    with os.scandir(f"/proc/{pid}/fd") as entries:
+        for entry in entries:
+            try:
+                found.append((os.readlink(entry.path), os.stat(entry.path)))  # noqa: PTH115, PTH116 - many are no paths
+            except FileNotFoundError:
+                whole = False
+    return found, whole
+
+
 def has_no_guest(pid: int) -> bool:
     """Whether it is seen that process *pid* has no virtual machine: one that only hands sockets on to others."""
-    try:
-        with os.scandir(f"/proc/{pid}/fd") as entries:
-            names = [os.readlink(entry.path) for entry in entries]  # noqa: PTH115 - most of them are no paths
-    except OSError:  # not ours to see, or it opens and closes files right now
-        return False
-    return not any(hypervisor in name for name in names for hypervisor in _HYPERVISORS)
+    opened = open_files(pid)
+    return opened is not None and not any(hypervisor in name for name, _ in opened for hypervisor in _HYPERVISORS)
 
 
 def seconds(started: int) -> float:
