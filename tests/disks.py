@@ -3,7 +3,7 @@
 import errno
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
@@ -141,17 +141,23 @@ class FaultyDisk(InlineDisk):
         self._check("make_directory", path)
         super().make_directory(path)
 
-    def read(self, path: Path) -> tuple[bytes, Signature]:
-        self._check("read", path)
+    def read(self, path: Path | str) -> tuple[bytes, Signature]:
+        self._check("read", Path(path))
         return super().read(path)
 
-    def replace(self, path: Path, data: bytes) -> Signature:
-        self._check("replace", path)
-        return super().replace(path, data)
+    def replace_all(self, files: Sequence[tuple[Path, bytes]]) -> list[Signature | OSError]:
+        refused: dict[Path, OSError] = {}
+        for path, _ in files:
+            try:
+                self._check("replace", path)
+            except OSError as error:
+                refused[path] = error
+        replaced = iter(super().replace_all([file for file in files if file[0] not in refused]))
+        return [refused.get(path) or next(replaced) for path, _ in files]
 
-    def rename(self, source: Path, target: Path) -> None:
+    def move(self, source: Path, target: Path) -> None:
         self._check("rename", source)
-        super().rename(source, target)
+        super().move(source, target)
 
     def remove(self, path: Path) -> None:
         self._check("remove", path)

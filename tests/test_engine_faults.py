@@ -295,8 +295,8 @@ async def test_a_file_that_cannot_be_read_is_not_made_anew(tmp_path: Path, virtu
     class Unreadable(InlineDisk):
         bad = True
 
-        def read(self, path: Path):  # type: ignore[no-untyped-def]  # noqa: ANN202
-            if self.bad and path.name == "web-1.json":
+        def read(self, path: Path | str):  # type: ignore[no-untyped-def]  # noqa: ANN202
+            if self.bad and Path(path).name == "web-1.json":
                 raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
             return super().read(path)
 

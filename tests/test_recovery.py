@@ -11,9 +11,18 @@ from attrs import evolve
 from structlog.typing import EventDict
 
 from hypemand.backends.base import BackendUnavailable
-from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, SnapshotKind, Trigger
+from hypemand.core.model import (
+    Freezer,
+    InstanceId,
+    InstanceState,
+    Outcome,
+    RunFinished,
+    RunStarted,
+    SnapshotKind,
+    Trigger,
+)
 from hypemand.core.naming import scheduled_tags
-from hypemand.state.codec import encode_line
+from hypemand.state.codec import Line, encode_line
 from tests.fakes import START, FakeBackend, FakeClock, seeded_snapshot
 from tests.virtual_time import VirtualClock
 from tests.world import BOOT_ID, entry, world
@@ -85,6 +94,37 @@ async def test_a_complete_snapshot_is_adopted_and_becomes_the_last_one(
         (run,) = w.history()
         assert run.snapshot_id == "crashed"
         assert "is kept" in (run.error or "")
+
+
+def made_before(snapshot_id: str, hours: int) -> RunFinished:
+    at = START - hours * HOUR
+    return RunFinished(
+        run_id=snapshot_id,
+        instance_id=WEB,
+        due_at=at,
+        started_at=at,
+        finished_at=at,
+        outcome=Outcome.SUCCEEDED,
+        snapshot_id=snapshot_id,
+    )
+
+
+@pytest.mark.parametrize("answers", [True, False])
+async def test_what_a_killed_run_may_have_pruned_is_told(
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock, answers: bool
+) -> None:
+    lines: list[Line] = [made_before("gone", 3), made_before("there", 2), started(fake)]
+    (tmp_path / "runs.jsonl").write_bytes(b"".join(encode_line(line) for line in lines))
+    tags = scheduled_tags(WEB, {})
+    for number, name in enumerate(["there", "crashed"]):
+        at = START - (2 - number) * HOUR
+        fake.machines[WEB].snapshots[name] = evolve(seeded_snapshot("web-1", number, at, tags), id=name)
+    if not answers:
+        fake.fail("list_snapshots", "web-1", BackendUnavailable("busy"))
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake]) as w:
+        error = w.history()[-1].error or ""
+        wanted = "maybe pruned by it: gone" if answers else "whether it has pruned any is not known: busy"
+        assert error.endswith(wanted)
 
 
 async def test_a_partial_snapshot_is_removed(tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock) -> None:

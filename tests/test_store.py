@@ -764,7 +764,7 @@ async def test_an_edit_right_behind_our_own_write_is_seen(tmp_path: Path) -> Non
     class Busy(InlineDisk):
         async def call(self, work: Callable[[*Ts], T], *args: *Ts) -> T:
             result = await super().call(work, *args)
-            if work.__name__ == "replace":
+            if work.__name__ == "replace_all":
                 written.set()
                 await go_on.wait()
             return result

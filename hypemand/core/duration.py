@@ -2,6 +2,7 @@
 
 import re
 from datetime import timedelta
+from functools import lru_cache
 
 from hypemand.core.errors import RuleBroken
 
@@ -82,6 +83,7 @@ def _too_large(text: str) -> RuleBroken:
     return RuleBroken(f"{text!r} is too large: durations end at about 292 years")
 
 
+@lru_cache(maxsize=1000)
 def parse_duration(text: str) -> timedelta:
     """*text* as a timedelta; parts finer than a microsecond are cut off, towards zero."""
     nanoseconds = parse_ns(text)

@@ -3,9 +3,10 @@
 from collections.abc import Mapping
 from datetime import datetime, timedelta
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Any, NewType
 
-from attrs import Factory, frozen
+from attrs import frozen
 
 InstanceId = NewType("InstanceId", str)
 """Checked by `naming.check_instance_id`: safe as a file name."""
@@ -72,6 +73,8 @@ class ManagedBy(StrEnum):
     API = "api"
 
 
+NOTHING: Mapping[str, Any] = MappingProxyType({})
+"""No keys at all: one for all of many schedules, which have none mostly."""
 Extra = Mapping[str, Any]
 """Keys of a stored document that this version does not know, kept as they are."""
 
@@ -82,7 +85,7 @@ class Retention:
 
     max_age: MaxAge | None = None
     max_count: MaxCount | None = None
-    extra: Extra = Factory(dict)
+    extra: Extra = NOTHING
 
     @property
     def keeps_everything(self) -> bool:
@@ -102,7 +105,7 @@ class Settings:
     first_run: FirstRun | None = None
     max_freeze: PositiveDuration | None = None
     enabled: bool = True
-    extra: Extra = Factory(dict)
+    extra: Extra = NOTHING
 
 
 @frozen(kw_only=True)
@@ -125,13 +128,13 @@ class Schedule:
     last_run_at: datetime | None = None
     last_error: str | None = None
     last_snapshot_id: str | None = None
-    metadata: Metadata = Factory(dict)
+    metadata: Metadata = NOTHING
     name_prefix: NamePrefix | None = None
     backend: str | None = None
     managed_by: ManagedBy = ManagedBy.API
     settings: Settings = Settings()
     gone_since_at: datetime | None = None
-    extra: Extra = Factory(dict)
+    extra: Extra = NOTHING
 
 
 class RestoreAction(StrEnum):
@@ -209,7 +212,7 @@ class RunStarted:
     boot_id: str
     connection: Mapping[str, Any]
     boot_s: float | None = None
-    extra: Extra = Factory(dict)
+    extra: Extra = NOTHING
 
 
 @frozen(kw_only=True)
@@ -244,4 +247,4 @@ class RunFinished:
     pruned: tuple[Pruned, ...] = ()
     error: str | None = None
     warnings: tuple[str, ...] = ()
-    extra: Extra = Factory(dict)
+    extra: Extra = NOTHING

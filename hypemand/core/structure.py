@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime, timedelta
 from difflib import get_close_matches
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_args, get_origin
 
@@ -46,8 +47,9 @@ def new_converter(*, omit_defaults: bool = True, words: Iterable[type[Enum]] = (
     )
     converter.register_structure_hook_factory(_is_list, lambda kind: _list_hook(converter, kind))
     converter.register_structure_hook_factory(_is_table, lambda kind: _table_hook(converter, kind))
-    for word_type in (Freezer, InstanceState, ManagedBy, Outcome, RestoreAction, SnapshotKind, Trigger, *words):
-        converter.register_structure_hook(word_type, _check_word)
+    of_model: list[type[Enum]] = [Freezer, InstanceState, ManagedBy, Outcome, RestoreAction, SnapshotKind, Trigger]
+    for word_type in (*of_model, *words):
+        converter.register_structure_hook(word_type, _word_hook(word_type))
     converter.register_unstructure_hook(datetime, format_instant)
     converter.register_unstructure_hook(timedelta, format_duration)
     converter.register_unstructure_hook(Path, str)
@@ -93,11 +95,16 @@ def _table_hook(converter: Converter, kind: Any) -> Callable[[Any, Any], Any]:
     return structure_table
 
 
-def _check_word(value: object, words: type[Enum]) -> Enum:
-    for word in words:
-        if word.value == value:
-            return word
-    raise RuleBroken(f"{value!r} must be one of " + ", ".join(str(word.value) for word in words))
+def _word_hook(words: type[Enum]) -> Callable[[Any, Any], Enum]:
+    known = {word.value: word for word in words}
+
+    def structure_word(value: Any, _: Any) -> Enum:
+        word = known.get(value) if isinstance(value, str) else None
+        if word is None:
+            raise RuleBroken(f"{value!r} must be one of " + ", ".join(map(str, known)))
+        return word
+
+    return structure_word
 
 
 def _class_hook(converter: Converter, cls: type[Any]) -> Callable[[Any, Any], Any]:
@@ -125,6 +132,22 @@ def _class_unhook(converter: Converter, cls: type[Any], *, omit_defaults: bool) 
     if not keeps_extra:
         return inner
     return lambda value: {**inner(value), **value.extra}
+
+
+def share_equal(converter: Converter, cls: type[Any]) -> None:
+    """Have *converter* make one object of tables that say the same, which many documents do: *cls* is immutable."""
+    inner = converter.get_structure_hook(cls)
+
+    @lru_cache(maxsize=1000)
+    def made_of(items: tuple[tuple[str, type, Any], ...]) -> Any:
+        return inner({key: value for key, _, value in items}, cls)
+
+    def structure_shared(value: Any, _: Any) -> Any:
+        if isinstance(value, dict) and all(isinstance(held, (str, int)) for held in value.values()):
+            return made_of(tuple((key, type(held), held) for key, held in value.items()))  # as True equals 1
+        return inner(value, cls)
+
+    converter.register_structure_hook(cls, structure_shared)
 
 
 def structure(converter: Converter, value: object, cls: type[T]) -> T:

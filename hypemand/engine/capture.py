@@ -209,7 +209,7 @@ class Attempt:
             record=self.progress.freeze,
             tell=self.progress.tell,
         )
-        captured = await freeze.capture(request, slot, self.means.background)
+        captured = await freeze.capture(request, slot, self.means.beside)
         slot.release_overall()
         self._warn(captured.warnings)
         return captured

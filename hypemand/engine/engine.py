@@ -7,6 +7,7 @@ import trio
 
 from hypemand.config import Config
 from hypemand.core.model import InstanceId
+from hypemand.engine.beside import Beside
 from hypemand.engine.clock import ClockWatch
 from hypemand.engine.events import Events
 from hypemand.engine.fleet import Fleet
@@ -109,6 +110,7 @@ class Engine:
             runlog=self.runlog,
             fleet=self.fleet,
             slots=self.slots,
+            beside=Beside(self._background),
             rush=self.rush,
             space=Space(outside.measure),
             pruner=self._pruner,
@@ -122,7 +124,6 @@ class Engine:
             boot_id=outside.boot_id,
             give_up=self.give_up,
             hand_over=self.recovery.hand_over,
-            background=self._background,
         )
 
     async def load(self) -> None:

@@ -11,10 +11,10 @@ import trio
 from attrs import define, evolve, field, frozen
 
 from hypemand.backends.base import Backend, Captured, CaptureFailed, CaptureRequest, InstanceNotFound, InvalidState
-from hypemand.backends.meter import Meter
 from hypemand.core.errors import HypemandError
 from hypemand.core.model import Freezer, InstanceId, InstanceState
 from hypemand.core.runstate import Steps
+from hypemand.engine.beside import Beside
 from hypemand.engine.events import Step, TellStep, tell_nobody
 from hypemand.engine.leases import Leases
 from hypemand.engine.limits import Patience, answer
@@ -25,7 +25,6 @@ _log = structlog.get_logger()
 
 TELL_EVERY = 20
 """Of so many failed tries to resume a guest, one is logged."""
-COPYING_TOLD_EVERY_S = 1.0
 THAW_WITHIN_S = 600.0
 """How long past its budget a guest is tried to be resumed by its own run, before the recovery takes over."""
 _NOT_FROZEN = frozenset(
@@ -96,7 +95,7 @@ class Freeze:
     record: FreezeRecord = field(factory=FreezeRecord)
     tell: TellStep = tell_nobody
 
-    async def capture(self, request: CaptureRequest, slot: Slot, background: trio.Nursery) -> Captured:
+    async def capture(self, request: CaptureRequest, slot: Slot, beside: Beside) -> Captured:
         """Freeze where the steps say so, capture, thaw.
 
         The slot is given back at the end of the budget, or once a thaw has to
@@ -107,21 +106,10 @@ class Freeze:
             NoGuardError: Nothing was frozen, as nobody would thaw the guest if this process can't.
             StillFrozenError: The guest could not be resumed.
         """
-        beside = trio.CancelScope()
-        background.start_soon(self._beside, slot, request.meter, beside)
-        try:
+        with beside.look_after(slot, self.budget.max_freeze_s, request.meter, self.tell):
             captured = await self._frozen_capture(request, slot)
-        finally:
-            beside.cancel()
         self.record.measured(captured.freeze_s)
         return captured
-
-    async def _beside(self, slot: Slot, meter: Meter, until: trio.CancelScope) -> None:
-        """What goes on beside the capture."""
-        with until:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_release_later, slot, self.budget.max_freeze_s)
-                nursery.start_soon(_tell_copying, meter, self.tell)
 
     async def _frozen_capture(self, request: CaptureRequest, slot: Slot) -> Captured:
         if not self.steps.pauses:
@@ -244,18 +232,3 @@ class Freeze:
         except Exception as unknown:  # noqa: BLE001 - the same
             return f"{error}; {unknown}"
         return None if status.state in _NOT_FROZEN else f"{error}; instance is {status.state}"
-
-
-async def _release_later(slot: Slot, after_s: float) -> None:
-    await trio.sleep(after_s)
-    slot.release()
-
-
-async def _tell_copying(meter: Meter, tell: TellStep) -> None:
-    """Tell how far the copies are, whenever they have come further within a second."""
-    told = 0
-    while True:
-        await trio.sleep(COPYING_TOLD_EVERY_S)
-        if meter.done_bytes > told:
-            told = meter.done_bytes
-            tell(Step.COPYING, done_bytes=told, total_bytes=max(told, meter.total_bytes))

@@ -7,6 +7,7 @@ from attrs import frozen
 
 from hypemand.config import RunsConfig
 from hypemand.core.model import RunStarted
+from hypemand.engine.beside import Beside
 from hypemand.engine.clock import Clock
 from hypemand.engine.events import Events
 from hypemand.engine.fleet import Fleet
@@ -31,7 +32,6 @@ class Means:
         limits: The table ``[runs]`` in force.
         give_up: Set when hypemand has to end; what is then still being retried is left to the next start.
         hand_over: Takes an open run that could not be settled.
-        background: For timers; outlives the runs.
     """
 
     clock: Clock
@@ -39,6 +39,7 @@ class Means:
     runlog: RunLog
     fleet: Fleet
     slots: Slots
+    beside: Beside
     rush: Rush
     space: Space
     pruner: Pruner
@@ -52,4 +53,3 @@ class Means:
     boot_id: str
     give_up: trio.Event
     hand_over: Callable[[RunStarted, LeftOpen], None]
-    background: trio.Nursery

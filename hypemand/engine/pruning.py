@@ -1,10 +1,10 @@
 """Deleting what retention no longer keeps: one at a time, each with its reason in the log and in the run."""
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 
 import structlog
 import trio
-from attrs import define, field
+from attrs import define, field, frozen
 
 from hypemand.backends.base import Backend, BackendError
 from hypemand.core.model import InstanceId, Pruned, Retention, Schedule, Snapshot
@@ -34,6 +34,18 @@ class PruneResult:
         return "pruning failed, it is tried again after the next run: " + "; ".join(self.errors)
 
 
+@frozen
+class LastGood:
+    """The last good snapshot until now, which may go once its successor is written down in the schedule's file.
+
+    Attributes:
+        write_successor: Does that, and tells whether it lasts.
+    """
+
+    snapshot_id: str
+    write_successor: Callable[[], Awaitable[bool]]
+
+
 class Pruner:
     """Applies the retention of a schedule."""
 
@@ -55,7 +67,13 @@ class Pruner:
         self._events = events
 
     async def prune(
-        self, backend: Backend, schedule: Schedule, protected: Collection[str], result: PruneResult
+        self,
+        backend: Backend,
+        schedule: Schedule,
+        protected: Collection[str],
+        result: PruneResult,
+        *,
+        last_good: LastGood | None = None,
     ) -> None:
         """Delete the scheduled snapshots that *schedule* no longer keeps, oldest first.
 
@@ -67,6 +85,7 @@ class Pruner:
 
         Args:
             protected: Ids that stay whatever the retention says.
+            last_good: What stays, too, unless it expires as the last of all and its successor is written down.
             result: Takes what is done, as it is done: a cancellation must not lose it.
         """
         instance = schedule.instance_id
@@ -79,12 +98,18 @@ class Pruner:
         result.left = [*snapshots]
         self._events.tell(SnapshotsListed(instance, tuple(snapshots)))
         self._warn(schedule, snapshots, protected)
+        if last_good is not None:
+            protected = {*protected, last_good.snapshot_id}
         tried: set[str] = set()
         while (current := self._store.schedules.get(instance)) is not None:
             if current.gone_since_at != schedule.gone_since_at:
                 break
             # From all that were there: next to those that are deleted by now, a wrong date is seen to be wrong.
             expired = [one for one in self._expired(current, snapshots, protected) if one.snapshot.id not in tried]
+            if not expired and last_good is not None:
+                protected = await self._let_go(last_good, current, snapshots, protected)
+                last_good = None
+                continue
             if not expired:
                 break
             tried.add(expired[0].snapshot.id)
@@ -94,6 +119,17 @@ class Pruner:
                 break
         if tried:
             self._events.tell(SnapshotsListed(instance, tuple(result.left)))
+
+    async def _let_go(
+        self, last_good: LastGood, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]
+    ) -> Collection[str]:
+        """What is protected next: *last_good* no longer, where it expires and its successor is written down.
+
+        At no moment is the one pruned that the schedule's file names.
+        """
+        without = {snapshot_id for snapshot_id in protected if snapshot_id != last_good.snapshot_id}
+        expires = any(one.snapshot.id == last_good.snapshot_id for one in self._expired(schedule, snapshots, without))
+        return without if expires and await last_good.write_successor() else protected
 
     def _warn(self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]) -> None:
         """Log what stands in the way of the retention."""

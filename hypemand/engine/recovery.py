@@ -5,9 +5,9 @@ from datetime import datetime, timedelta
 
 import structlog
 import trio
-from attrs import define, field, frozen
+from attrs import define, evolve, field, frozen
 
-from hypemand.backends.base import BackendError, Settled
+from hypemand.backends.base import Backend, BackendError, Settled
 from hypemand.core.errors import InvalidInput
 from hypemand.core.model import Freezer, Outcome, RunFinished, RunStarted
 from hypemand.engine.clock import Clock
@@ -21,6 +21,7 @@ PROVABLY_OURS = timedelta(minutes=10)
 """After another boot, how long past its deadline a run may still be the one that froze a guest."""
 AT_ONCE = 8
 TELL_AGAIN = timedelta(minutes=1)
+MOST_TOLD = 10
 _log = structlog.get_logger()
 
 
@@ -132,8 +133,21 @@ class Recovery:
         async with self.fleet.reconnect(run.backend, run.connection) as backend:
             ours = self.is_ours(run)
             settled = await answer("settle", self.patience.settle_s, lambda: backend.settle(run, ours=ours))
+            if settled.snapshot is not None:
+                settled = evolve(settled, notes=(*settled.notes, *await self._tell_of_gone(backend, run)))
         assert settled is not None
         return settled
+
+    async def _tell_of_gone(self, backend: Backend, run: RunStarted) -> list[str]:
+        """A note on snapshots whose deletion nobody recorded: *run* may have been killed while it pruned them."""
+        try:
+            listed = await answer("list", self.patience.answer_s, lambda: backend.list_snapshots(run.instance_id))
+        except Exception as error:  # noqa: BLE001 - the run is settled, whatever is known of others
+            return [f"whether it has pruned any is not known: {error}"]
+        there = {snapshot.id for snapshot in listed}
+        gone = [made for made in self.recorder.order.of(run.instance_id) if made not in there]
+        more = f" and {len(gone) - MOST_TOLD} more" if len(gone) > MOST_TOLD else ""
+        return [f"not there any more, maybe pruned by it: {', '.join(gone[-MOST_TOLD:])}{more}"] if gone else []
 
     def why_open(self, run_id: str) -> str | None:
         """Why *run_id* is not settled yet, as far as that was tried."""

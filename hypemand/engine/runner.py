@@ -18,7 +18,7 @@ from hypemand.engine.leases import NoGuardError
 from hypemand.engine.limits import answer
 from hypemand.engine.means import Means
 from hypemand.engine.progress import Progress
-from hypemand.engine.pruning import PruneResult
+from hypemand.engine.pruning import LastGood, PruneResult
 from hypemand.engine.recovery import LeftOpen
 
 RETRY_WAITS_S = (60.0, 300.0, 900.0)
@@ -145,13 +145,16 @@ class Runner:
         current = store.schedules.get(schedule.instance_id)
         if current is None:
             return  # of a schedule that was taken out meanwhile all snapshots stay
-        protected = {taken, current.last_snapshot_id or ""}
-        if not current.retention.keeps_everything:
-            # It becomes the last good one before anything goes: at no moment is the one that the file names pruned.
-            await self._means.recorder.put(evolve(current, last_snapshot_id=taken))
-            if schedule.instance_id not in store.unsaved:
-                protected = {taken}
-        await self._means.pruner.prune(backend, current, protected, progress.pruning)
+        last = current.last_snapshot_id
+
+        async def write_successor() -> bool:
+            now = store.schedules.get(schedule.instance_id)
+            if now is not None:
+                await self._means.recorder.put(evolve(now, last_snapshot_id=taken))
+            return now is not None and schedule.instance_id not in store.unsaved
+
+        last_good = LastGood(last, write_successor) if last is not None and last != taken else None
+        await self._means.pruner.prune(backend, current, {taken}, progress.pruning, last_good=last_good)
 
     async def _conclude(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
         if progress.started is not None and progress.snapshot is None:

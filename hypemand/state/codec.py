@@ -6,12 +6,14 @@ from typing import Any
 import orjson
 
 from hypemand.core.errors import HypemandError, InvalidInput, Problem
-from hypemand.core.model import InstanceId, RunFinished, RunStarted, Schedule
-from hypemand.core.structure import new_converter, structure
+from hypemand.core.model import InstanceId, Retention, RunFinished, RunStarted, Schedule, Settings
+from hypemand.core.structure import new_converter, share_equal, structure
 from hypemand.core.utf8 import as_utf8
 
 FORMAT = 1
 _FILES = new_converter()
+for _often_equal in (Retention, Settings):
+    share_equal(_FILES, _often_equal)
 _LINES = new_converter(omit_defaults=False)
 _LINE_TYPES: dict[str, type[RunStarted] | type[RunFinished]] = {"started": RunStarted, "finished": RunFinished}
 

@@ -8,12 +8,12 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import trio
-from attrs import frozen
+from attrs import define, frozen
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -44,6 +44,35 @@ def _hand_over(descriptor: int, directory: Path) -> None:
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
+@define
+class _Replacement:
+    """A file that gets new content: written beside it, and renamed into its place."""
+
+    path: Path
+    data: bytes
+    descriptor: int = -1
+    is_in_place: bool = False
+    outcome: Signature | OSError | None = None
+
+    @property
+    def temporary(self) -> Path:
+        """Where it is written to."""
+        return self.path.with_name(f".{self.path.name}{TEMPORARY_SUFFIX}")
+
+    def told(self) -> Signature | OSError:
+        """How it ended."""
+        assert self.outcome is not None
+        return self.outcome
+
+    def clear_up(self) -> None:
+        """Leave nothing beside it."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            if not self.is_in_place:
+                with contextlib.suppress(OSError):
+                    self.temporary.unlink()
+
+
 class Disk:
     """Blocking file operations, and `call` to run them beside the event loop."""
 
@@ -69,36 +98,80 @@ class Disk:
         if stat.S_IMODE(path.stat().st_mode) != 0o700:
             path.chmod(0o700)
 
-    def read(self, path: Path) -> tuple[bytes, Signature]:
+    def read(self, path: Path | str) -> tuple[bytes, Signature]:
         """All of *path*, and the signature of the version that was read."""
-        with path.open("rb") as file:
+        with open(path, "rb", buffering=0) as file:  # noqa: PTH123 - many are read at a start, and a Path takes time
             return file.read(), Signature.of(os.fstat(file.fileno()))
 
     def replace(self, path: Path, data: bytes) -> Signature:
         """Make *data* the content of *path*, durably: after a crash it holds the old or the new, whole."""
-        temporary = path.with_name(f".{path.name}{TEMPORARY_SUFFIX}")
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        (outcome,) = self.replace_all([(path, data)])
+        if isinstance(outcome, OSError):
+            raise outcome
+        return outcome
+
+    def replace_all(self, files: Sequence[tuple[Path, bytes]]) -> list[Signature | OSError]:
+        """`replace` for many files, whose directories are synced once. A failure is that of its file alone.
+
+        Returns:
+            For each of *files*, in their order, its signature or why it was not replaced.
+        """
+        replacements = [_Replacement(path, data) for path, data in files]
         try:
+            for step in (self._write_beside, self._sync_beside, self._put_in_place):
+                for one in replacements:
+                    self._try_to(step, one)
+            self._sync_directories(replacements)
+        finally:
+            for one in replacements:
+                one.clear_up()
+        return [one.told() for one in replacements]
+
+    @staticmethod
+    def _try_to(step: Callable[[_Replacement], None], one: _Replacement) -> None:
+        if isinstance(one.outcome, OSError):
+            return
+        try:
+            step(one)
+        except OSError as error:
+            one.outcome = error
+
+    def _write_beside(self, one: _Replacement) -> None:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
+        one.descriptor = os.open(one.temporary, flags, 0o600)
+        _hand_over(one.descriptor, one.path.parent)
+        self.write(one.descriptor, one.data)
+        # The kernel's own stamps are coarse: an edit in the same tick would look like our write.
+        stamp = time.time_ns()
+        os.utime(one.descriptor, ns=(stamp, stamp))
+
+    def _sync_beside(self, one: _Replacement) -> None:
+        self.sync(one.descriptor)
+        one.outcome = Signature.of(os.fstat(one.descriptor))
+
+    def _put_in_place(self, one: _Replacement) -> None:
+        self.move(one.temporary, one.path)
+        one.is_in_place = True
+
+    def _sync_directories(self, replacements: Iterable[_Replacement]) -> None:
+        by_directory: dict[Path, list[_Replacement]] = {}
+        for one in replacements:
+            if one.is_in_place:
+                by_directory.setdefault(one.path.parent, []).append(one)
+        for directory, of_it in by_directory.items():
             try:
-                _hand_over(descriptor, path.parent)
-                self.write(descriptor, data)
-                # The kernel's own stamps are coarse: an edit in the same tick would look like our write.
-                stamp = time.time_ns()
-                os.utime(descriptor, ns=(stamp, stamp))
-                self.sync(descriptor)
-                signature = Signature.of(os.fstat(descriptor))
-            finally:
-                os.close(descriptor)
-            self.rename(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-        return signature
+                self.sync_directory(directory)
+            except OSError as error:
+                for one in of_it:
+                    one.outcome = error
+
+    def move(self, source: Path, target: Path) -> None:
+        """Rename *source* to *target*, which a crash may undo."""
+        source.rename(target)
 
     def rename(self, source: Path, target: Path) -> None:
         """Rename *source* to *target*, durably in both directories."""
-        source.rename(target)
+        self.move(source, target)
         for directory in {source.parent, target.parent}:
             self.sync_directory(directory)
 

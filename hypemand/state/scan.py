@@ -1,5 +1,6 @@
 """Reading schedule files without changing anything, and telling good ones from the others."""
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from hypemand.core.model import InstanceId, Schedule
 from hypemand.core.naming import check_instance_id
 from hypemand.state.codec import NewerFormatError, decode_schedule
 from hypemand.state.files import Disk, Signature
+
+SUFFIX = ".json"
 
 
 @frozen
@@ -40,31 +43,33 @@ def scan_schedules(directory: Path, disk: Disk, known: Mapping[InstanceId, Signa
     """
     scan = Scan()
     try:
-        paths = sorted(path for path in directory.iterdir() if path.suffix == ".json" and path.name[0] != ".")
+        names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX) and name[0] != ".")  # noqa: PTH208
     except FileNotFoundError:
         scan.missing = True
         return scan
-    for path in paths:
-        scan_file(path, disk, known or {}, scan)
+    for name in names:
+        scan_file(directory, name, disk, known or {}, scan)
     return scan
 
 
-def scan_file(path: Path, disk: Disk, known: Mapping[InstanceId, Signature], scan: Scan) -> None:
-    """Read one schedule file into *scan*, unless it is the version in *known*. Blocking."""
+def scan_file(directory: Path, name: str, disk: Disk, known: Mapping[InstanceId, Signature], scan: Scan) -> None:
+    """Read the schedule file *name* in *directory* into *scan*, unless it is the version in *known*. Blocking."""
+    path = f"{directory}/{name}"  # of a hundred thousand files each Path would cost as much as the reading
     try:
-        instance = check_instance_id(path.stem)
-        if instance in known and Signature.of(path.stat()) == known[instance]:
+        instance = check_instance_id(name.removesuffix(SUFFIX))
+        if instance in known and Signature.of(os.stat(path)) == known[instance]:  # noqa: PTH116
             return
         data, signature = disk.read(path)
-        scan.schedules[instance] = (decode_schedule(data, instance), signature)
+        schedule = decode_schedule(data, instance)
+        scan.schedules[schedule.instance_id] = (schedule, signature)
     except NewerFormatError as error:
-        scan.newer.append(BadFile(path, str(error)))
+        scan.newer.append(BadFile(Path(path), str(error)))
     except (InvalidInput, RuleBroken) as error:
-        scan.invalid.append(BadFile(path, str(error)))
+        scan.invalid.append(BadFile(Path(path), str(error)))
     except FileNotFoundError:
         return  # removed a moment ago
     except OSError as error:
-        scan.unreadable.append(BadFile(path, str(error)))
+        scan.unreadable.append(BadFile(Path(path), str(error)))
 
 
 def quarantine_notes(state_dir: Path) -> Iterable[str]:

@@ -15,6 +15,8 @@ from hypemand.core.naming import check_instance_id
 from hypemand.state.codec import NewerFormatError, decode_schedule, encode_schedule
 from hypemand.state.files import TEMPORARY_SUFFIX, Disk, Signature
 from hypemand.state.scan import BadFile, Scan, scan_file, scan_schedules
+from hypemand.state.turns import Turns
+from hypemand.state.writing import Writer
 
 _log = structlog.get_logger()
 
@@ -28,10 +30,11 @@ class Store:
     def __init__(self, state_dir: Path, disk: Disk, now: Callable[[], datetime]) -> None:
         self.state_dir = state_dir
         self._disk = disk
+        self._writer = Writer(disk)
         self._now = now
         self._schedules: dict[InstanceId, Schedule] = {}
         self._signatures: dict[InstanceId, Signature] = {}
-        self._writing: dict[InstanceId, trio.Lock] = {}
+        self._writing = Turns[InstanceId]()
         self._forgotten: set[InstanceId] = set()  # since files began to be read again
         self.unsaved: set[InstanceId] = set()
         self.has_unsaved = trio.Event()
@@ -102,7 +105,7 @@ class Store:
 
     def _changed_since(self, instance: InstanceId, known: Mapping[InstanceId, Signature]) -> bool:
         """Whether the file of *instance* was written or removed by us since it was *known*, or is just now."""
-        if instance in self._forgotten or self._lock(instance).locked():
+        if instance in self._forgotten or self._writing.is_taken(instance):
             return True
         return self._signatures.get(instance) != known.get(instance)
 
@@ -110,7 +113,7 @@ class Store:
         instance = InstanceId(bad.path.stem)
         if self._changed_since(instance, known):
             return
-        async with self._lock(instance):
+        async with self._writing.turn(instance):
             if await self._quarantine(bad):
                 self.set_aside.add(instance)
                 self._signatures.pop(instance, None)
@@ -175,9 +178,9 @@ class Store:
     async def _look_again(self, instance: InstanceId) -> None:
         """Take in an edit that was not, for the file was just being written; it may have come right after that."""
         again = Scan()
-        async with self._lock(instance):
+        async with self._writing.turn(instance):
             known = {i: s for i, s in self._signatures.items() if i == instance}
-            await self._disk.call(scan_file, self._path(instance), self._disk, known, again)
+            await self._disk.call(scan_file, self.directory, self._path(instance).name, self._disk, known, again)
             if instance in self._schedules and instance in again.schedules:
                 self._schedules[instance], self._signatures[instance] = again.schedules[instance]
                 self.unsaved.discard(instance)
@@ -186,7 +189,7 @@ class Store:
 
     async def _drop_if_removed(self, instance: InstanceId, known: Mapping[InstanceId, Signature]) -> None:
         if not self._changed_since(instance, known):
-            async with self._lock(instance):
+            async with self._writing.turn(instance):
                 if await self._disk.call(_is_gone, self._path(instance)):
                     self._forget(instance)
 
@@ -205,7 +208,7 @@ class Store:
 
     def is_written(self, instance: InstanceId) -> bool:
         """Whether its schedule is on the disk as it is in force, for sure."""
-        return instance not in self.unsaved and not self._lock(instance).locked()
+        return instance not in self.unsaved and not self._writing.is_taken(instance)
 
     async def put(self, schedule: Schedule) -> None:
         """Make *schedule* the one in force, and write it.
@@ -215,13 +218,13 @@ class Store:
         """
         instance = check_instance_id(schedule.instance_id)
         self._take(schedule)
-        async with self._lock(instance):
+        async with self._writing.turn(instance):
             latest = self._schedules.get(instance)
             if latest is None or instance not in self.unsaved:
                 return  # removed, or written together with a later change
             self.unsaved.discard(instance)
             try:
-                signature = await self._disk.call(self._disk.replace, self._writable(instance), encode_schedule(latest))
+                signature = await self._writer.replace(self._writable(instance), encode_schedule(latest))
             except BaseException:
                 self.unsaved.add(instance)
                 self.has_unsaved.set()
@@ -253,7 +256,7 @@ class Store:
     async def remove(self, instance: InstanceId) -> None:
         """Delete the schedule of *instance*, and its file."""
         self._forget(instance)
-        async with self._lock(instance):
+        async with self._writing.turn(instance):
             await self._disk.call(self._disk.remove, self._path(instance))
 
     async def retire(self, instance: InstanceId) -> None:
@@ -270,7 +273,7 @@ class Store:
             self._disk.replace(target, encode_schedule(schedule))
             self._disk.remove(self._path(instance))
 
-        async with self._lock(instance):
+        async with self._writing.turn(instance):
             if await self._disk.call(target.exists) and await self.read_retired(instance) is None:
                 await self._quarantine(BadFile(target, "retired again, and the one before can't be read"))
             await self._disk.call(move)
@@ -290,7 +293,7 @@ class Store:
     async def put_retired(self, schedule: Schedule) -> None:
         """Rewrite the file of a retired schedule."""
         path = self.retired_directory / f"{schedule.instance_id}.json"
-        async with self._lock(schedule.instance_id):
+        async with self._writing.turn(schedule.instance_id):
             await self._disk.call(self._disk.replace, path, encode_schedule(schedule))
 
     async def all_retired(self) -> list[Schedule]:
@@ -307,9 +310,6 @@ class Store:
         self._signatures.pop(instance, None)
         self._forgotten.add(instance)
         self.unsaved.discard(instance)
-
-    def _lock(self, instance: InstanceId) -> trio.Lock:
-        return self._writing.setdefault(instance, trio.Lock())
 
     def _path(self, instance: InstanceId) -> Path:
         return self.directory / f"{instance}.json"

@@ -118,7 +118,8 @@ def _of_snapshots(ground: Ground) -> Iterator[Finding]:
     for snapshot_id in listed.keys() - set(made):
         yield Finding(TWICE, f"snapshot {snapshot_id} is listed, and of no run in the history")
     pruned = {pruned["snapshot_id"] for run in runs for pruned in run["pruned"]} | _said_to_be_deleted(ground)
-    for snapshot_id in set(made) - listed.keys() - pruned:
+    told = " ".join(run["error"] or "" for run in runs)  # a run that was killed while it pruned
+    for snapshot_id in {made_id for made_id in made if made_id not in told} - listed.keys() - pruned:
         yield Finding(
             GONE, f"snapshot {snapshot_id} is in the history, not listed, and nobody says that it was deleted"
         )

@@ -74,7 +74,7 @@ def freeze_before_the_claim() -> Bug:
     original = Attempt._claim
 
     async def claim(self: Attempt, found: Any, ready: Any) -> RunStarted:
-        runlog, background = self.means.runlog, self.means.background
+        runlog = self.means.runlog
         append = runlog.append
 
         async def later(line: Any) -> None:
@@ -82,7 +82,7 @@ def freeze_before_the_claim() -> Bug:
                 await trio.sleep(0.5)
                 await append(line)
 
-            background.start_soon(write)
+            self.means.beside._background.start_soon(write)
 
         with patch.object(runlog, "append", later):
             return await original(self, found, ready)
@@ -107,13 +107,13 @@ def no_sync_of_the_run_log() -> Bug:
 
 def no_sync_of_replaced_files() -> Bug:
     """A schedule's file is renamed into place before its content is durable."""
-    sync = Disk.replace
+    replace_all = Disk.replace_all
 
-    def replace(self: Disk, path: Any, data: bytes) -> Any:
+    def unsynced(self: Disk, files: Any) -> Any:
         with patch.object(type(self), "sync", lambda *_: None):
-            return sync(self, path, data)
+            return replace_all(self, files)
 
-    return _patched(Disk, "replace", replace)
+    return _patched(Disk, "replace_all", unsynced)
 
 
 def future_snapshots_count() -> Bug:

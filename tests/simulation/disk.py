@@ -61,7 +61,7 @@ class SimDisk(Disk):
     def _end(self, operation: str) -> None:
         self.trouble.crash_point(self.life, operation, "after")
 
-    def read(self, path: Path) -> tuple[bytes, Signature]:
+    def read(self, path: Path | str) -> tuple[bytes, Signature]:
         self._begin("read")
         return super().read(path)
 
@@ -102,9 +102,9 @@ class SimDisk(Disk):
         self.platter.truncated(descriptor, size)
         self._end("truncate")
 
-    def rename(self, source: Path, target: Path) -> None:
+    def move(self, source: Path, target: Path) -> None:
         self._begin("rename")
-        super().rename(source, target)
+        super().move(source, target)
         self._end("rename")
 
     def remove(self, path: Path) -> None:

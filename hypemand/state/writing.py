@@ -1,0 +1,67 @@
+"""Many small files, replaced durably and together: what waits while others are written is written in one go.
+
+A sync takes the disk as long for many as for one, where they are asked for
+close together; so does the sync of their directory, which is one for all.
+"""
+
+import errno
+from pathlib import Path
+
+import trio
+from attrs import Factory, define
+
+from hypemand.state.files import Disk, Signature
+
+MOST_TOGETHER = 64
+"""More descriptors than that are not open at once for each thread."""
+_THREADS = 2
+
+
+@define(eq=False)
+class _Batch:
+    """Files that are replaced together, by the first one's `Writer.replace`."""
+
+    files: list[tuple[Path, bytes]] = Factory(list)
+    outcomes: list[Signature | OSError] = Factory(list)
+    done: trio.Event = Factory(trio.Event)
+
+
+class Writer:
+    """Replaces files."""
+
+    def __init__(self, disk: Disk) -> None:
+        self._disk = disk
+        self._batch = _Batch()
+        self._threads = trio.Semaphore(_THREADS)
+
+    async def replace(self, path: Path, data: bytes) -> Signature:
+        """Make *data* the content of *path*, durably. Not cancelled once it is called.
+
+        Raises:
+            OSError: The content is the one before, or it is not known to last.
+        """
+        batch, number = self._batch, len(self._batch.files)
+        batch.files.append((path, data))
+        if len(batch.files) == MOST_TOGETHER:
+            self._batch = _Batch()
+        with trio.CancelScope(shield=True):
+            if number == 0:
+                await self._write(batch)
+            else:
+                await batch.done.wait()
+        outcome = batch.outcomes[number]
+        if isinstance(outcome, OSError):
+            raise OSError(outcome.errno, outcome.strerror, str(path)) from outcome
+        return outcome
+
+    async def _write(self, batch: _Batch) -> None:
+        async with self._threads:
+            if self._batch is batch:
+                self._batch = _Batch()
+            try:
+                batch.outcomes = await self._disk.call(self._disk.replace_all, batch.files)
+            except BaseException as error:
+                batch.outcomes = [OSError(errno.EIO, f"not written: {error!r}") for _ in batch.files]
+                raise
+            finally:
+                batch.done.set()
