@@ -1,7 +1,6 @@
 """The daemon's process: state lock, signals, the config file, the engine in between, and the API in front of it."""
 
 import contextlib
-import gc
 import os
 import signal
 from collections.abc import AsyncIterable, Iterator
@@ -23,6 +22,7 @@ from hypemand.engine.guarding import Guarding, settle_command
 from hypemand.engine.outside import Outside, this_machine
 from hypemand.engine.reload import watch_file
 from hypemand.engine.requests import Requests
+from hypemand.garbage import lasting
 from hypemand.state.files import Signature
 from hypemand.state.lock import take_lock
 from hypemand.surface.api.app import api_routes, make_app
@@ -102,7 +102,8 @@ class Daemon:
             async with trio.open_nursery() as background:
                 background.start_soon(guarding.serve)
                 self.guarding = guarding
-                self.engine = await self._started(outside, background)
+                with lasting():
+                    self.engine = await self._started(outside, background)
                 nursery.start_soon(self._watch)
                 assert self.metrics is not None
                 control = Control(self.engine, self.metrics.kept.of, troubles=self._troubles)
@@ -136,7 +137,6 @@ class Daemon:
         for schedule in sorted(enabled, key=lambda s: s.next_run_at)[:10]:
             at = "now" if schedule.next_run_at <= now else format_instant(schedule.next_run_at)
             _log.info("next run", instance_id=schedule.instance_id, at=at)
-        gc.freeze()  # what is loaded now stays: looking through it again and again would hold up runs
         return engine
 
     def _front(self, engine: Engine, control: Control) -> Serving:

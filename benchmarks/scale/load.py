@@ -30,6 +30,7 @@ from hypemand.config_files import load_config
 from hypemand.engine.engine import Engine
 from hypemand.engine.fleet import new_fleet
 from hypemand.engine.outside import this_machine
+from hypemand.garbage import lasting
 from hypemand.state.lock import take_lock
 
 NAME = "load"
@@ -50,9 +51,10 @@ async def load_engine(config_path: Path) -> dict[str, float]:
     memory, began, cpu = memory_mb(os.getpid(), "Rss"), time.perf_counter(), time.process_time()
     async with trio.open_nursery() as background:
         engine = Engine(config, new_fleet(config.state_dir), outside, background)
-        await engine.load()
-        loaded = time.perf_counter()
-        await engine.start()
+        with lasting():
+            await engine.load()
+            loaded = time.perf_counter()
+            await engine.start()
         background.start_soon(engine.serve)
         await engine.scheduler.serving.wait()
         ready, used = time.perf_counter(), time.process_time() - cpu

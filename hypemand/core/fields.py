@@ -1,5 +1,6 @@
 """What a single field of a document may hold: one rule each, with a message that says what is wrong with the value."""
 
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -116,6 +117,17 @@ def _exactly(wanted: type, word: str) -> Callable[[object], Any]:
     return check
 
 
+def check_backend_name(value: object) -> str:
+    """*value*, a string; one object of all that are the same, as many schedules have the same backend.
+
+    Raises:
+        RuleBroken: Anything else.
+    """
+    if type(value) is not str:
+        raise RuleBroken(f"{value!r} must be a string")
+    return sys.intern(value)
+
+
 def check_path(value: object) -> Path:
     """*value*, a file name; ``~`` stands for the home directory.
 
@@ -154,5 +166,6 @@ RULES: dict[Any, Callable[[object], Any]] = {
     "first_run": check_first_run,
     "size": parse_size,
     "metadata": check_metadata,
+    "backend name": check_backend_name,
 }
 """What a field may hold, by its type, or by the name that an Annotated type of `model` carries."""

@@ -21,6 +21,7 @@ NamePrefix = Annotated[str, "name_prefix"]
 FirstRun = Annotated[str, "first_run"]
 Size = Annotated[int, "size"]
 Metadata = Annotated[Mapping[str, str], "metadata"]
+BackendName = Annotated[str, "backend name"]
 
 
 class InstanceState(StrEnum):
@@ -130,7 +131,7 @@ class Schedule:
     last_snapshot_id: str | None = None
     metadata: Metadata = NOTHING
     name_prefix: NamePrefix | None = None
-    backend: str | None = None
+    backend: BackendName | None = None
     managed_by: ManagedBy = ManagedBy.API
     settings: Settings = Settings()
     gone_since_at: datetime | None = None
@@ -198,7 +199,7 @@ class RunStarted:
 
     run_id: str
     instance_id: InstanceId
-    backend: str
+    backend: BackendName
     trigger: Trigger
     kind: SnapshotKind
     state_before: InstanceState

@@ -4,8 +4,10 @@ Limits are those of Hypeman (lib/scheduledsnapshots and lib/tags there).
 """
 
 import re
+import sys
 from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
+from functools import lru_cache
 
 from hypemand.core.errors import RuleBroken, RulesBroken
 from hypemand.core.model import InstanceId
@@ -46,10 +48,10 @@ def check_prefix(value: object) -> str:
         raise RuleBroken(f"has {len(value)} characters, {PREFIX_MAX} at most are allowed")
     if value and not _PREFIX.fullmatch(value):
         raise RuleBroken(f"{value!r} must be lower-case letters, digits and dashes, no dash at either end")
-    return value
+    return sys.intern(value)
 
 
-def check_metadata(value: object) -> dict[str, str]:
+def check_metadata(value: object) -> Mapping[str, str]:
     """*value*, if it can be kept as a snapshot's tags.
 
     Raises:
@@ -58,6 +60,19 @@ def check_metadata(value: object) -> dict[str, str]:
     """
     if not isinstance(value, Mapping):
         raise RuleBroken(f"{_shown(value)} must be a table of strings")
+    try:
+        return _checked_metadata(tuple(value.items()))
+    except TypeError:  # what can't be hashed is no text
+        return _check_metadata(value)
+
+
+@lru_cache(maxsize=1000)
+def _checked_metadata(items: tuple[tuple[object, object], ...]) -> Mapping[str, str]:
+    """One object of all that are the same, as those of many schedules are. Only texts equal texts."""
+    return _check_metadata(dict(items))
+
+
+def _check_metadata(value: Mapping[object, object]) -> Mapping[str, str]:
     broken = [problem for key, text in value.items() for problem in _tag_problems(key, text)]
     if len(value) > TAGS_MAX:
         broken.insert(0, RuleBroken(f"has {len(value)} tags, {TAGS_MAX} at most are allowed"))

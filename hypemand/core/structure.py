@@ -143,9 +143,12 @@ def share_equal(converter: Converter, cls: type[Any]) -> None:
         return inner({key: value for key, _, value in items}, cls)
 
     def structure_shared(value: Any, _: Any) -> Any:
-        if isinstance(value, dict) and all(isinstance(held, (str, int)) for held in value.values()):
-            return made_of(tuple((key, type(held), held) for key, held in value.items()))  # as True equals 1
-        return inner(value, cls)
+        try:
+            key = tuple([(key, type(held), held) for key, held in value.items()])  # as True equals 1
+            hash(key)
+        except (AttributeError, TypeError):  # no table, or not one of plain values
+            return inner(value, cls)
+        return made_of(key)
 
     converter.register_structure_hook(cls, structure_shared)
 

@@ -1,7 +1,7 @@
 """Many small files, replaced durably and together: what waits while others are written is written in one go.
 
-A sync takes the disk as long for many as for one, where they are asked for
-close together; so does the sync of their directory, which is one for all.
+One thread does it: more of them wait for each other, and take several times
+the processor. What it saves is the sync of the directory, one for all of them.
 """
 
 import errno
@@ -13,8 +13,7 @@ from attrs import Factory, define
 from hypemand.state.files import Disk, Signature
 
 MOST_TOGETHER = 64
-"""More descriptors than that are not open at once for each thread."""
-_THREADS = 2
+"""More files than that are not open at once."""
 
 
 @define(eq=False)
@@ -32,7 +31,7 @@ class Writer:
     def __init__(self, disk: Disk) -> None:
         self._disk = disk
         self._batch = _Batch()
-        self._threads = trio.Semaphore(_THREADS)
+        self._turn = trio.Lock()
 
     async def replace(self, path: Path, data: bytes) -> Signature:
         """Make *data* the content of *path*, durably. Not cancelled once it is called.
@@ -55,7 +54,7 @@ class Writer:
         return outcome
 
     async def _write(self, batch: _Batch) -> None:
-        async with self._threads:
+        async with self._turn:
             if self._batch is batch:
                 self._batch = _Batch()
             try:
