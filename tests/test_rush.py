@@ -25,7 +25,7 @@ def rush() -> Rush:
 
 
 async def begin(rush: Rush, seconds: float) -> None:
-    with rush.begins():
+    with rush:
         await trio.sleep(seconds)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import threading
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -26,22 +28,29 @@ def space(disks: FakeRoom) -> Space:
     return Space(disks.measure)
 
 
+@asynccontextmanager
+async def promise_of(space: Space, rooms: Collection[Room], min_free: int) -> AsyncIterator[None]:
+    with space.promise() as promise:
+        await promise.fill(rooms, min_free)
+        yield
+
+
 def promised(space: Space) -> dict[int, int]:
     return {number: size for number, size in space._reserved.items() if size}
 
 
 async def test_rooms_on_one_filesystem_add_up(space: Space) -> None:
-    async with space.reserve((Room(ONE, 400), Room(TWO, 600)), 0):
+    async with promise_of(space, (Room(ONE, 400), Room(TWO, 600)), 0):
         assert promised(space) == {1: 1000}
     assert promised(space) == {}
     with pytest.raises(NoRoomError, match="at /one/a and /one/b: 1000 B free, the capture needs 1001 B"):
-        async with space.reserve((Room(ONE, 401), Room(TWO, 600)), 0):
+        async with promise_of(space, (Room(ONE, 401), Room(TWO, 600)), 0):
             pytest.fail("there is no room")
     assert promised(space) == {}
 
 
 async def test_each_filesystem_has_its_own_room(space: Space) -> None:
-    async with space.reserve((Room(ONE, 900), Room(OTHER, 400)), 100):
+    async with promise_of(space, (Room(ONE, 900), Room(OTHER, 400)), 100):
         assert promised(space) == {1: 900, 2: 400}
     assert promised(space) == {}
 
@@ -58,7 +67,7 @@ async def test_where_one_is_too_full_none_is_promised_and_it_is_named_alone(
     space: Space, rooms: tuple[Room, ...], path: Path, other: Path
 ) -> None:
     with pytest.raises(NoRoomError) as caught:
-        async with space.reserve(rooms, 100):
+        async with promise_of(space, rooms, 100):
             pytest.fail("there is no room")
     assert f"too little room at {path}: " in str(caught.value)
     assert "100 B must be left over (runs.min_free)" in str(caught.value)
@@ -67,28 +76,28 @@ async def test_where_one_is_too_full_none_is_promised_and_it_is_named_alone(
 
 
 async def test_what_is_promised_to_others_counts_on_its_own_filesystem(space: Space) -> None:
-    async with space.reserve((Room(ONE, 300), Room(OTHER, 300)), 0):
-        async with space.reserve((Room(TWO, 700), Room(OTHER, 200)), 0):
+    async with promise_of(space, (Room(ONE, 300), Room(OTHER, 300)), 0):
+        async with promise_of(space, (Room(TWO, 700), Room(OTHER, 200)), 0):
             assert promised(space) == {1: 1000, 2: 500}
         assert promised(space) == {1: 300, 2: 300}
         with pytest.raises(NoRoomError, match="at /other: 500 B free, 300 B are promised to captures under way"):
-            async with space.reserve((Room(TWO, 700), Room(OTHER, 201)), 0):
+            async with promise_of(space, (Room(TWO, 700), Room(OTHER, 201)), 0):
                 pytest.fail("there is no room")
         assert promised(space) == {1: 300, 2: 300}
 
 
 async def test_without_rooms_nothing_is_measured_and_nothing_promised(space: Space, disks: FakeRoom) -> None:
     disks.free_bytes, disks.hangs = 0, 1
-    async with space.reserve((), 10**9):
+    async with promise_of(space, (), 10**9):
         assert promised(space) == {}
     assert disks.hangs == 1
 
 
 async def test_an_error_under_way_gives_the_room_back(space: Space) -> None:
     with pytest.raises(ZeroDivisionError):
-        async with space.reserve((Room(ONE, 1000), Room(OTHER, 500)), 0):
+        async with promise_of(space, (Room(ONE, 1000), Room(OTHER, 500)), 0):
             raise ZeroDivisionError
-    async with space.reserve((Room(ONE, 1000), Room(OTHER, 500)), 0):
+    async with promise_of(space, (Room(ONE, 1000), Room(OTHER, 500)), 0):
         assert promised(space) == {1: 1000, 2: 500}
 
 
@@ -97,7 +106,7 @@ async def test_filesystems_that_hang_take_no_longer_for_being_many(
 ) -> None:
     disks.hangs = 9
     with pytest.raises(BackendUnavailable, match="free space"):
-        async with space.reserve([Room(Path(f"/{number}"), 1) for number in range(9)], 0):
+        async with promise_of(space, [Room(Path(f"/{number}"), 1) for number in range(9)], 0):
             pytest.fail("nothing is known of the room")
     assert trio.current_time() == 10
     assert promised(space) == {}
@@ -125,7 +134,7 @@ async def test_those_who_ask_while_it_is_looked_share_the_next_look(
 
     async def reserve(after_s: float) -> None:
         await trio.sleep(after_s)
-        async with space.reserve((Room(ONE, 1),), 0):
+        async with promise_of(space, (Room(ONE, 1),), 0):
             reserved.append(trio.current_time())
 
     space = Space(slow)
@@ -152,7 +161,7 @@ async def test_a_look_that_fails_or_is_given_up_is_nobody_elses(disks: FakeRoom,
 
     async def reserve() -> None:
         try:
-            async with space.reserve((Room(ONE, 1),), 0):
+            async with promise_of(space, (Room(ONE, 1),), 0):
                 pass
         except OSError as error:
             failed.append(str(error))
@@ -161,7 +170,7 @@ async def test_a_look_that_fails_or_is_given_up_is_nobody_elses(disks: FakeRoom,
         with trio.move_on_after(0.5):
             nursery.start_soon(reserve)
             nursery.start_soon(reserve)
-            async with space.reserve((Room(ONE, 1),), 0):  # looks before they begin
+            async with promise_of(space, (Room(ONE, 1),), 0):  # looks before they begin
                 pytest.fail("it was given up before")
     assert failed == ["gone"]
     assert tries == 3

@@ -1,7 +1,6 @@
 """One attempt of a run at its snapshot: inspect, prepare, claim, freeze, capture, thaw, complete, publish."""
 
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import AsyncExitStack
 from datetime import timedelta
 from typing import TypeVar
 
@@ -23,6 +22,7 @@ from hypemand.engine.means import Means
 from hypemand.engine.progress import Progress
 from hypemand.engine.records import FreezeKey, OverBudgetError, can_abort, why_over_budget
 from hypemand.engine.slots import Slot
+from hypemand.engine.space import Promise
 from hypemand.state.replay import advanced
 
 T = TypeVar("T")
@@ -68,23 +68,24 @@ class Attempt:
         """
         means = self.means
         # Asked before any slot is taken, so that a hypervisor that doesn't answer holds up nobody ...
-        with means.rush.begins():
+        with means.rush:
             found = await self._inspect()
-        async with means.slots.take(self.backend.name) as slot, AsyncExitStack() as room:
-            with means.rush.begins():
-                if slot.waited:  # much may have changed meanwhile
-                    found = await self._inspect()
-                started = await self._begin(found, room)
-            if await means.rush.wait() and not Steps(started.kind, started.freezes).pauses:
-                await self._check_unchanged(started)
-            budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
-            captured = await self._capture(started, budget, slot)
-            await room.aclose()
-            captured = await self._complete(captured, budget.capture_timeout_s)
-            self._warn_of_freeze(started, budget)
+        with means.space.promise() as room:
+            async with means.slots.take(self.backend.name) as slot:
+                with means.rush:
+                    if slot.waited:  # much may have changed meanwhile
+                        found = await self._inspect()
+                    started = await self._begin(found, room)
+                if await means.rush.wait() and not Steps(started.kind, started.freezes).pauses:
+                    await self._check_unchanged(started)
+                budget = Budget(started.max_freeze_s, means.limits().capture_timeout.total_seconds())
+                captured = await self._capture(started, budget, slot)
+                room.end()
+                captured = await self._complete(captured, budget.capture_timeout_s)
+                self._warn_of_freeze(started, budget)
         await self._publish(captured.snapshot)
 
-    async def _begin(self, found: _Found, room: AsyncExitStack) -> RunStarted:
+    async def _begin(self, found: _Found, room: Promise) -> RunStarted:
         """Prepare and claim; *room* gets the promise of it."""
         means = self.means
         means.rush.step()
@@ -94,7 +95,7 @@ class Attempt:
         if found.steps.frozen_by(ready.freezes).pauses:
             await means.leases.check()
         self._check_budget(found, ready)
-        await room.enter_async_context(means.space.reserve(ready.rooms, means.limits().min_free))
+        await room.fill(ready.rooms, means.limits().min_free)
         return await self._claim(found, ready)
 
     async def _inspect(self) -> _Found:

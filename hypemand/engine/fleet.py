@@ -38,6 +38,23 @@ class _Live:
     opening: bool = False
 
 
+@define(eq=False)
+class Lease:
+    """A backend that stays open until the end of the block."""
+
+    _live: _Live
+
+    async def __aenter__(self) -> Backend:
+        """It is not closed from now on."""
+        self._live.users += 1
+        return self._live.backend
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close it, where it was only kept for the block."""
+        self._live.users -= 1
+        await _close_if_done(self._live)
+
+
 class Fleet:
     """Backends by name, each counted by the runs that use it."""
 
@@ -67,16 +84,13 @@ class Fleet:
             raise UnknownBackendError(f"backend {name!r} is not in the config (known: {known})")
         return name
 
-    @asynccontextmanager
-    async def lease(self, name: str) -> AsyncIterator[Backend]:
-        """The backend called *name*, kept open until the end of the block."""
-        live = self._live[self.resolve(name)]
-        live.users += 1
-        try:
-            yield live.backend
-        finally:
-            live.users -= 1
-            await _close_if_done(live)
+    def lease(self, name: str) -> "Lease":
+        """The backend called *name*, kept open until the end of the block.
+
+        Raises:
+            UnknownBackendError: There is no such backend.
+        """
+        return Lease(self._live[self.resolve(name)])
 
     @asynccontextmanager
     async def reconnect(self, name: str, connection: Mapping[str, Any]) -> AsyncIterator[Backend]:

@@ -1,8 +1,5 @@
 """Many runs that are due at one moment: all of them are written down before the first one's work delays the last."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import trio
 from attrs import define, field
 
@@ -22,17 +19,16 @@ class Rush:
     _steps: int = field(init=False, default=0)
     _over: trio.Event | None = field(init=False, default=None)
 
-    @contextmanager
-    def begins(self) -> Iterator[None]:
+    def __enter__(self) -> None:
         """Within the block a run comes nearer to its claim."""
         self._beginning += 1
-        try:
-            yield
-        finally:
-            self._beginning -= 1
-            self.step()
-            if self._beginning < MANY and self._over is not None:
-                self._over.set()
+
+    def __exit__(self, *_: object) -> None:
+        """It is claimed, or waits, or came to nothing."""
+        self._beginning -= 1
+        self.step()
+        if self._beginning < MANY and self._over is not None:
+            self._over.set()
 
     def step(self) -> None:
         """One of those that begin has come forward."""

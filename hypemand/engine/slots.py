@@ -1,7 +1,7 @@
 """How many runs may work at once: per backend, and overall."""
 
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Mapping
+from typing import Self
 
 import trio
 
@@ -21,8 +21,20 @@ class Slot:
         self._held: set[str] = set()
         self.waited = False
 
-    async def take(self) -> None:
+    async def __aenter__(self) -> Self:
         """Wait for the backend's place first, so that one backend's runs don't fill all the overall ones."""
+        try:
+            await self._take()
+        except BaseException:
+            self.release()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Give back what is held yet."""
+        self.release()
+
+    async def _take(self) -> None:
         for name, limiter in self._limiters.items():
             try:
                 limiter.acquire_on_behalf_of_nowait(self)  # many that are due at one moment need no turn each
@@ -60,12 +72,6 @@ class Slots:
             tokens = limit or max(1, overall // 2)
             self._backends.setdefault(name, trio.CapacityLimiter(tokens)).total_tokens = tokens
 
-    @asynccontextmanager
-    async def take(self, backend: str) -> AsyncIterator[Slot]:
-        """A slot for a run on *backend*."""
-        slot = Slot(self._backends.setdefault(backend, trio.CapacityLimiter(1)), self._overall)
-        try:
-            await slot.take()
-            yield slot
-        finally:
-            slot.release()
+    def take(self, backend: str) -> Slot:
+        """A slot for a run on *backend*, to be entered."""
+        return Slot(self._backends.setdefault(backend, trio.CapacityLimiter(1)), self._overall)

@@ -2,13 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Collection
 from functools import cache
 from pathlib import Path
+from typing import Self
 
 import trio
-from attrs import Factory, define, frozen
+from attrs import Factory, define, field, frozen
 
 from hypemand.backends.base import Room
 from hypemand.core.errors import HypemandError
@@ -64,25 +64,29 @@ class Space:
         self._under_way: dict[Path, _Look] = {}
         self._reserved: Counter[int] = Counter()
 
-    @asynccontextmanager
-    async def reserve(self, rooms: Collection[Room], min_free: int) -> AsyncIterator[None]:
-        """Hold all *rooms* of a capture, or none of them. Those on one filesystem add up.
+    def promise(self) -> "Promise":
+        """A promise of room, to be filled in the block, and taken back at its end."""
+        return Promise(self)
+
+    async def reserve(self, rooms: Collection[Room], min_free: int) -> Counter[int]:
+        """Reserve all *rooms* of a capture, or none of them. Those on one filesystem add up.
+
+        Returns:
+            What to give back with `give_back`.
 
         Raises:
             NoRoomError: On one of the filesystems less than *min_free* would be left over.
         """
-        if not rooms:
-            yield
-            return
         found = await answer("free space", MEASURE_S, lambda: self._measured(rooms))
         for filesystem, there in found.items():
             self._check(filesystem, there, min_free)
         needed = Counter({filesystem.id: _sum(there) for filesystem, there in found.items()})
         self._reserved.update(needed)
-        try:
-            yield
-        finally:
-            self._reserved.subtract(needed)
+        return needed
+
+    def give_back(self, needed: Counter[int]) -> None:
+        """End a reservation."""
+        self._reserved.subtract(needed)
 
     async def _measured(self, rooms: Collection[Room]) -> dict[Filesystem, list[Room]]:
         """*rooms* by the filesystem that they are on, each as it was when it was first looked at."""
@@ -122,6 +126,32 @@ class Space:
             f"too little room at {paths}: {format_size(filesystem.free_bytes)} free{others}, the capture needs"
             f" {format_size(needed)} and {format_size(min_free)} must be left over (runs.min_free)"
         )
+
+
+@define(eq=False)
+class Promise:
+    """Room for one capture, held from `fill` until the end of the block, or until `end`."""
+
+    _space: Space
+    _needed: Counter[int] = field(init=False, factory=Counter)
+
+    async def fill(self, rooms: Collection[Room], min_free: int) -> None:
+        """Hold *rooms*; see `Space.reserve`."""
+        if rooms:
+            self._needed = await self._space.reserve(rooms, min_free)
+
+    def end(self) -> None:
+        """Nothing is held any more. Idempotent."""
+        self._space.give_back(self._needed)
+        self._needed = Counter()
+
+    def __enter__(self) -> Self:
+        """Nothing is held yet."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """See `end`."""
+        self.end()
 
 
 def _sum(rooms: Collection[Room]) -> int:

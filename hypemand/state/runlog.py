@@ -8,7 +8,7 @@ carried over, so nothing of them is ever in an old segment alone.
 
 import errno
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 
 import structlog
@@ -19,6 +19,7 @@ from hypemand.core.model import InstanceId, RunStarted
 from hypemand.state.codec import Line, encode_line
 from hypemand.state.files import Disk
 from hypemand.state.segments import LogContent, read_log, segments
+from hypemand.state.sure import SureEvent
 
 ROTATE_BYTES = 8 * 1024 * 1024
 UNSURE_BYTES = 1024 * 1024  # more than one commit writes; what is before it was synced by whoever wrote it
@@ -28,12 +29,30 @@ _log = structlog.get_logger()
 
 @define
 class _Batch:
-    """Lines that are made durable together, by the first one's `RunLog.append`."""
+    """Lines that are made durable together, by the first one's `RunLog.append`.
+
+    Attributes:
+        bad: Those that can't be written, and why: that is nobody else's trouble.
+    """
 
     lines: list[Line] = field(factory=list)
-    data: list[bytes] = field(factory=list)
-    done: trio.Event = field(factory=trio.Event)
+    bad: dict[int, Exception] = field(factory=dict)
+    done: SureEvent = field(factory=SureEvent)
     error: OSError | None = None
+
+    def encoded(self) -> bytes:
+        """All lines but the bad ones, as they are written."""
+        data = []
+        for number, line in enumerate(self.lines):
+            try:
+                data.append(encode_line(line))
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is told to whoever made that line
+                self.bad[number] = error
+        return b"".join(data)
+
+    def written(self) -> Iterator[Line]:
+        """The lines that are in the log once it is done without an error."""
+        return (line for number, line in enumerate(self.lines) if number not in self.bad)
 
 
 class RunLog:
@@ -124,15 +143,15 @@ class RunLog:
         Raises:
             OSError: The line is not in the log; what was written of it is cut off again.
         """
-        data = encode_line(line)  # a line that can't be is nobody else's trouble
-        batch = self._batch
+        batch, number = self._batch, len(self._batch.lines)
         batch.lines.append(line)
-        batch.data.append(data)
-        with trio.CancelScope(shield=True):
-            if len(batch.lines) == 1:
+        if number == 0:
+            with trio.CancelScope(shield=True):
                 await self._commit(batch)
-            else:  # all that wait are woken at once: a lock would let them through one by one
-                await batch.done.wait()
+        else:  # all that wait are woken at once: a lock would let them through one by one
+            await batch.done.wait()
+        if number in batch.bad:
+            raise batch.bad[number]
         if batch.error is not None:
             raise OSError(batch.error.errno, batch.error.strerror, str(self._path)) from batch.error
 
@@ -140,14 +159,14 @@ class RunLog:
         async with self._turn:
             self._batch = _Batch()
             try:
-                await self._disk.call_ahead(self._write, b"".join(batch.data))
+                await self._disk.call_ahead(self._write_batch, batch)
             except OSError as error:
                 batch.error = error
             except BaseException as error:
                 batch.error = OSError(errno.EIO, f"not written: {error!r}")
                 raise
             else:
-                self._remember(batch.lines)
+                self._remember(batch.written())
             finally:
                 batch.done.set()
             if batch.error is None and self._size >= self._rotate_bytes:
@@ -163,6 +182,12 @@ class RunLog:
                 of_instance.pop(line.run_id, None)
                 if not of_instance:
                     del self._open_of[line.instance_id]
+
+    def _write_batch(self, batch: _Batch) -> None:
+        """Blocking. Lines become bytes here: where many runs begin at one moment, none waits for that of others."""
+        data = batch.encoded()
+        if data:
+            self._write(data)
 
     def _write(self, data: bytes) -> None:
         if self._names_unsure:

@@ -11,6 +11,7 @@ import trio
 from attrs import Factory, define
 
 from hypemand.state.files import Disk, Signature
+from hypemand.state.sure import SureEvent
 
 MOST_TOGETHER = 64
 """More files than that are not open at once."""
@@ -22,7 +23,7 @@ class _Batch:
 
     files: list[tuple[Path, bytes]] = Factory(list)
     outcomes: list[Signature | OSError] = Factory(list)
-    done: trio.Event = Factory(trio.Event)
+    done: SureEvent = Factory(SureEvent)
 
 
 class Writer:
@@ -43,11 +44,11 @@ class Writer:
         batch.files.append((path, data))
         if len(batch.files) == MOST_TOGETHER:
             self._batch = _Batch()
-        with trio.CancelScope(shield=True):
-            if number == 0:
+        if number == 0:
+            with trio.CancelScope(shield=True):
                 await self._write(batch)
-            else:
-                await batch.done.wait()
+        else:
+            await batch.done.wait()
         outcome = batch.outcomes[number]
         if isinstance(outcome, OSError):
             raise OSError(outcome.errno, outcome.strerror, str(path)) from outcome
