@@ -90,8 +90,8 @@ def next_slot(due_at: datetime, interval: timedelta, now: datetime) -> Slot:
     return Slot(due_at + (missed + 1) * interval, missed)
 
 
-def reanchor(schedule: Schedule, now: datetime) -> datetime:
-    """``next_run_at``, brought back onto its own grid when it lies further ahead than one interval and the jitter.
+def reanchor(schedule: Schedule, now: datetime, next_run_at: datetime | None = None) -> datetime:
+    """*next_run_at*, or that of *schedule*, brought back onto its own grid when it lies further ahead than one interval and the jitter.
 
     That happens when a clock was wrong once, or somebody edited the file. A
     first run at a time of day may lie up to a day ahead of a short interval.
@@ -100,8 +100,9 @@ def reanchor(schedule: Schedule, now: datetime) -> datetime:
     awaits_time_of_day = schedule.last_run_at is None and schedule.settings.first_run not in (None, "now")
     if awaits_time_of_day:
         reach = max(reach, timedelta(hours=26))  # a day on which clocks are set back, and slack
-    ahead = schedule.next_run_at - now
+    at = next_run_at or schedule.next_run_at
+    ahead = at - now
     if ahead <= reach:
-        return schedule.next_run_at
+        return at
     whole = (ahead - timedelta.resolution) // schedule.interval  # one less when it would land on now itself
-    return schedule.next_run_at - whole * schedule.interval
+    return at - whole * schedule.interval

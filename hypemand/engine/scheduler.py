@@ -210,8 +210,7 @@ class Scheduler:
     def _following(self, schedule: Schedule, due_at: datetime) -> datetime:
         """The slot after *due_at*, no further away than an interval also when that was of a wrong clock."""
         now = self._clock.now()
-        slot = next_slot(due_at, schedule.interval, now)
-        return reanchor(evolve(schedule, next_run_at=slot.next_run_at), now)
+        return reanchor(schedule, now, next_slot(due_at, schedule.interval, now).next_run_at)
 
     def _push(self, instance: InstanceId, start_at: datetime, due_at: datetime) -> None:
         number = next(self._numbers)
