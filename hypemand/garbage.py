@@ -4,7 +4,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-
 _NEW_OBJECTS = 10_000
 """So many are looked through at a time; more garbage than these would be does not pile up."""
 

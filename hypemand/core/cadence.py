@@ -91,7 +91,9 @@ def next_slot(due_at: datetime, interval: timedelta, now: datetime) -> Slot:
 
 
 def reanchor(schedule: Schedule, now: datetime, next_run_at: datetime | None = None) -> datetime:
-    """*next_run_at*, or that of *schedule*, brought back onto its own grid when it lies further ahead than one interval and the jitter.
+    """*next_run_at*, or that of *schedule*, brought back onto its grid when it lies too far ahead.
+
+    That is further than one interval and the jitter.
 
     That happens when a clock was wrong once, or somebody edited the file. A
     first run at a time of day may lie up to a day ahead of a short interval.

@@ -6,6 +6,7 @@ import struct
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta, tzinfo
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 from zoneinfo import ZoneInfo
@@ -16,6 +17,7 @@ from hypemand.core.doubt import JUMP, LONGEST_WAIT, Doubt, Reading, doubts_of
 from hypemand.core.fields import format_instant
 
 _STA_UNSYNC = 0x0040
+_Timex = ctypes.c_char * 512  # more than a struct timex has
 _STATUS_OFFSET = 40  # of `status` in struct timex, 64-bit Linux: four longs and a padded int before it
 _log = structlog.get_logger()
 
@@ -36,6 +38,12 @@ class Clock(Protocol):
         """The local time zone, for times of day in the config."""
 
 
+@cache
+def _libc() -> ctypes.CDLL:
+    """Loaded once: that takes a hundred times as long as a question to it."""
+    return ctypes.CDLL(None)
+
+
 class SystemClock:
     """The clocks of this machine."""
 
@@ -50,12 +58,12 @@ class SystemClock:
     def synchronised(self) -> bool | None:
         """See `Clock.synchronised`: asks adjtimex(2)."""
         try:
-            buffer = ctypes.create_string_buffer(512)
-            if ctypes.CDLL(None).adjtimex(buffer) < 0 or struct.calcsize("l") != 8:
+            timex = _Timex()
+            if _libc().adjtimex(timex) < 0 or struct.calcsize("l") != 8:
                 return None
         except (OSError, AttributeError):
             return None
-        (status,) = struct.unpack_from("i", buffer.raw, _STATUS_OFFSET)
+        (status,) = struct.unpack_from("i", timex.raw, _STATUS_OFFSET)
         return not status & _STA_UNSYNC
 
     def zone(self) -> tzinfo:

@@ -98,38 +98,27 @@ class Pruner:
         result.left = [*snapshots]
         self._events.tell(SnapshotsListed(instance, tuple(snapshots)))
         self._warn(schedule, snapshots, protected)
-        if last_good is not None:
-            protected = {*protected, last_good.snapshot_id}
         tried: set[str] = set()
         while (current := self._store.schedules.get(instance)) is not None:
             if current.gone_since_at != schedule.gone_since_at:
                 break
             # From all that were there: next to those that are deleted by now, a wrong date is seen to be wrong.
             expired = [one for one in self._expired(current, snapshots, protected) if one.snapshot.id not in tried]
-            if not expired and last_good is not None:
-                protected = await self._let_go(last_good, current, snapshots, protected)
-                last_good = None
-                continue
+            others = [one for one in expired if last_good is None or one.snapshot.id != last_good.snapshot_id]
             if not expired:
                 break
-            tried.add(expired[0].snapshot.id)
+            if not others:  # at no moment is the one pruned that the schedule's file names
+                if last_good is None or not await last_good.write_successor():
+                    break
+                last_good = None
+                continue
+            tried.add(others[0].snapshot.id)
             began = trio.current_time()
-            await self._delete(backend, expired[0], result)
+            await self._delete(backend, others[0], result)
             if trio.current_time() - began >= DELETE_TIMEOUT_S:
                 break
         if tried:
             self._events.tell(SnapshotsListed(instance, tuple(result.left)))
-
-    async def _let_go(
-        self, last_good: LastGood, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]
-    ) -> Collection[str]:
-        """What is protected next: *last_good* no longer, where it expires and its successor is written down.
-
-        At no moment is the one pruned that the schedule's file names.
-        """
-        without = {snapshot_id for snapshot_id in protected if snapshot_id != last_good.snapshot_id}
-        expires = any(one.snapshot.id == last_good.snapshot_id for one in self._expired(schedule, snapshots, without))
-        return without if expires and await last_good.write_successor() else protected
 
     def _warn(self, schedule: Schedule, snapshots: Collection[Snapshot], protected: Collection[str]) -> None:
         """Log what stands in the way of the retention."""
@@ -140,10 +129,12 @@ class Pruner:
                 snapshot_id=ahead.id,
                 snapshot_name=ahead.name,
             )
+        why = self._why_age_waits(schedule)
+        if why is None:
+            return
         wanted = self._select(schedule, schedule.retention, snapshots, protected)
-        waiting = len(wanted) - len(self._expired(schedule, snapshots, protected))
+        waiting = len(wanted) - len(self._select(schedule, without_age(schedule.retention), snapshots, protected))
         if waiting:
-            why = self._why_age_waits(schedule)
             _log.warning("pruning by age waits", instance_id=schedule.instance_id, snapshots=waiting, why=why)
 
     def _why_age_waits(self, schedule: Schedule) -> str | None:

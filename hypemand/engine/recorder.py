@@ -84,7 +84,9 @@ class Recorder:
     def _after(self, schedule: Schedule, run: RunFinished) -> Schedule:
         if run.trigger is Trigger.SCHEDULE:
             schedule = advanced(schedule, run)
-            schedule = evolve(schedule, next_run_at=reanchor(schedule, self._clock.now()))
+            at = reanchor(schedule, self._clock.now())
+            if at != schedule.next_run_at:
+                schedule = evolve(schedule, next_run_at=at)
         return with_outcome(schedule, run)
 
     async def _record_retired(self, run: RunFinished) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TypeVar, TypeVarTuple
 
 import trio
-from attrs import define, frozen
+from attrs import define, field, frozen
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -39,25 +39,28 @@ class Signature:
 
 def _hand_over(descriptor: int, directory: Path) -> None:
     """Have a file belong to whom its directory belongs to: what root's ``recover`` writes, the daemon has to read."""
-    if os.geteuid() == 0:
-        owner = directory.stat()
+    if os.geteuid() == 0 and ((owner := directory.stat()).st_uid or owner.st_gid):
         with contextlib.suppress(PermissionError):  # a network filesystem may not let it
             os.fchown(descriptor, owner.st_uid, owner.st_gid)
 
 
 @define
 class _Replacement:
-    """A file that gets new content: written beside it, and renamed into its place."""
+    """A file that gets new content: written beside it, and renamed into its place.
+
+    Attributes:
+        temporary: Where it is written to.
+    """
 
     path: Path
     data: bytes
+    temporary: Path = field(init=False)
     descriptor: int = -1
     is_in_place: bool = False
     outcome: Signature | OSError | None = None
 
-    @property
-    def temporary(self) -> Path:
-        """Where it is written to."""
+    @temporary.default
+    def _temporary(self) -> Path:
         return self.path.with_name(f".{self.path.name}{TEMPORARY_SUFFIX}")
 
     def told(self) -> Signature | OSError:

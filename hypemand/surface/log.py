@@ -15,7 +15,9 @@ import queue
 import re
 import sys
 import threading
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Protocol
 
 import orjson
@@ -28,6 +30,7 @@ from hypemand.surface.journal import Journal, entry, is_journal, message
 QUEUE_LINES = 10_000
 _FOR_PROGRAMS = frozenset({"run_id", "due_at"})
 _FLUSH_S = 2.0
+_AT_ONCE = 100
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
@@ -95,16 +98,28 @@ class LineWriter:
         self._thread.join(_FLUSH_S)
 
     def _write_all(self) -> None:
-        while (queued := self._lines.get()) is not None:
-            stream, line = queued
-            try:
-                stream.write(line + "\n")
-                if self._lines.empty():
-                    stream.flush()
-            except (OSError, ValueError):
-                continue  # nobody reads the log; hypemand goes on
+        while True:
+            queued = self._wait_for_lines()
+            for stream, lines in groupby((one for one in queued if one is not None), key=itemgetter(0)):
+                self._write(stream, [f"{line}\n" for _, line in lines])
+            if None in queued:
+                return
+
+    def _wait_for_lines(self) -> list[tuple[Stream, str] | None]:
+        """Those that are there, once there is one; each by itself would have this thread take turns with all others."""
+        queued = [self._lines.get()]
+        with contextlib.suppress(queue.Empty):
+            while len(queued) < _AT_ONCE:
+                queued.append(self._lines.get_nowait())
+        return queued
+
+    @staticmethod
+    def _write(stream: Stream, lines: Sequence[str]) -> None:
+        for text in ["".join(lines)] if isinstance(stream, _Stderr) else lines:
+            with contextlib.suppress(OSError, ValueError):  # nobody reads the log; hypemand goes on
+                stream.write(text)
         with contextlib.suppress(OSError, ValueError):
-            self.stream.flush()
+            stream.flush()
 
 
 class _Logger:
