@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from hypemand import __version__, commands, importing, reports
 from hypemand.commands import FAILED, OK, CommandError
+from hypemand.garbage import look_seldom
 
 _ABOUT = """\
 Periodic snapshots of virtual machines that never leave a guest frozen.
@@ -43,6 +44,7 @@ state; 78 bad config, or the state of a newer hypemand; `status --check` has
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command, and exit."""
     _open_missing_streams()
+    look_seldom()
     status = 128 + signal.SIGINT
     try:
         status = _run_command(arguments)

@@ -180,7 +180,10 @@ class Engine:
         self.slots.resize(self.config.runs.concurrency, limits)
         self.fleet.have(backends)
         opened = trio.Event()
-        self._background.start_soon(self._open_backends, opened)
+        if self.fleet.is_settled:
+            opened.set()
+        else:
+            self._background.start_soon(self._open_backends, opened)
         return opened
 
     async def _open_backends(self, opened: trio.Event) -> None:

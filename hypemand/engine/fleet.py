@@ -120,6 +120,11 @@ class Fleet:
         for name in configs.keys() - self._live.keys():
             self._live[name] = _Live(self._build(name, configs[name]), configs[name])
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether there is nothing to open, and nothing to close."""
+        return not self._dropped and all(live.open for live in self._live.values())
+
     async def open_all(self, *, used: Collection[str]) -> None:
         """Open the backends that are not open yet, all at once, and close those that `have` dropped.
 

@@ -42,7 +42,7 @@ def show(table: Table) -> None:
 
 def one_line(text: str) -> str:
     """*text* as it can stand in a cell: what a hypervisor says may hold line ends and control characters."""
-    return "".join(c if c.isprintable() else " " for c in text)
+    return text if text.isprintable() else "".join(c if c.isprintable() else " " for c in text)
 
 
 def _show_rich(table: Table) -> None:

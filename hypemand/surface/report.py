@@ -1,7 +1,7 @@
 """What an operator asks, answered from what hypemand knows and from the backends. Changes nothing."""
 
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Iterator
 from datetime import datetime, timedelta
 from functools import partial
 
@@ -205,10 +205,13 @@ def _judge_freezes(view: InstanceView, records: FreezeRecords, fleet: Fleet, con
 
 
 async def _ask_all(overview: Overview, fleet: Fleet, at_work: AtWork) -> None:
-    turns: defaultdict[str | None, trio.CapacityLimiter] = defaultdict(lambda: trio.CapacityLimiter(AT_ONCE))
+    by_backend: defaultdict[str | None, list[InstanceView]] = defaultdict(list)
+    for view in overview.instances:
+        view.trouble = NOT_IN_TIME
+        by_backend[view.backend].append(view)
 
-    async def ask(view: InstanceView) -> None:
-        async with turns[view.backend]:
+    async def ask_some(views: Iterator[InstanceView]) -> None:
+        for view in views:
             if at_work.on(view.instance_id):
                 view.trouble = None
                 view.state = view.open_run.guest if view.open_run else None
@@ -218,9 +221,10 @@ async def _ask_all(overview: Overview, fleet: Fleet, at_work: AtWork) -> None:
 
     with trio.move_on_after(ALL_ANSWERS_S):
         async with trio.open_nursery() as nursery:
-            for view in overview.instances:
-                view.trouble = NOT_IN_TIME
-                nursery.start_soon(ask, view)
+            for views in by_backend.values():
+                waiting = iter(views)
+                for _ in range(min(AT_ONCE, len(views))):
+                    nursery.start_soon(ask_some, waiting)
 
 
 async def _ask(view: InstanceView, fleet: Fleet, now: datetime) -> None:
@@ -231,8 +235,8 @@ async def _ask(view: InstanceView, fleet: Fleet, now: datetime) -> None:
         return
     troubles: list[str] = []
     async with fleet.lease(name) as backend, trio.open_nursery() as nursery:
-        nursery.start_soon(_noting, troubles, partial(_ask_state, backend, view))
         nursery.start_soon(_noting, troubles, partial(_ask_snapshots, backend, view, now))
+        await _noting(troubles, partial(_ask_state, backend, view))
     view.trouble = troubles[0] if troubles else None
 
 
