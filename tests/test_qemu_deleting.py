@@ -4,11 +4,24 @@ from pathlib import Path
 
 import pytest
 
+from hypemand.backends import catalog
 from hypemand.backends.base import Backend, BackendError
 from hypemand.backends.catalog import Catalog
 from hypemand.backends.qemu import deleting
 from hypemand.core.model import Snapshot
-from tests.qemu_backend import TAG, WEB, backend_of, new_request, opened, operator_job, settle, tags_on, take
+from tests.qemu_backend import (
+    TAG,
+    WEB,
+    backend_of,
+    captured,
+    drafts_in,
+    new_request,
+    opened,
+    operator_job,
+    settle,
+    tags_on,
+    take,
+)
 from tests.qemu_guest import Guest, running_guest
 
 pytestmark = pytest.mark.qemu
@@ -20,7 +33,7 @@ class Crash(BaseException):
     """Stands for the end of the process: nothing of ours runs after it."""
 
 
-async def crash_while_deleting(backend: Backend, snapshot: Snapshot, where: type, method: str) -> None:
+async def crash_while_deleting(backend: Backend, snapshot: Snapshot, where: object, method: str) -> None:
     def crash(*args: object) -> None:
         raise Crash
 
@@ -47,6 +60,17 @@ async def test_a_deletion_that_a_crash_cut_short_is_finished_when_the_run_is_set
 
         assert in_catalog(tmp_path) == [kept.id]
         assert await guest.qmp("query-jobs") == []
+
+
+async def test_what_a_deletion_left_goes_with_the_settling_of_the_run_that_was_whole(tmp_path: Path) -> None:
+    async with running_guest(tmp_path) as guest:
+        backend, request = await opened(guest, tmp_path), new_request(OTHER)
+        made = await take(backend)
+        await backend.publish((await captured(backend, request)).snapshot)
+        await crash_while_deleting(backend, made, catalog, "_remove")
+        assert drafts_in(tmp_path) == [tmp_path / "catalog" / WEB / f".{made.id}.deleted"]
+        assert (await settle(backend_of(guest, tmp_path), request)).snapshot is not None
+        assert drafts_in(tmp_path) == []
 
 
 async def leave_job(guest: Guest, snapshot: Snapshot) -> None:

@@ -15,7 +15,7 @@ from tests.processes import Lab
 from tests.qemu_guest import Guest, running_guest
 from tests.qemu_site import tags_of
 
-KEPT = 2
+KEPT = 1
 TICK_MS = 50
 GUESTS = (GUEST, OPERATORS)
 _SCHEDULES = "".join(

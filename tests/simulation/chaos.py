@@ -84,7 +84,8 @@ class Chaos:
             return
         wanted = [pair for pair in coverage.CRASHES if pair[0].startswith(how)]
         fault, step = self.rng.choice(wanted)
-        self.armed = Armed(how, step, fault.split()[1], self.rng.choice([1, 1, 2, 5]))
+        count = self.rng.choice([1, 1, 1, 3])
+        self.armed = Armed(how, step, fault.split()[1], 1 if step in SELDOM_ASKED else count)
 
     def arm_here(self, steps: int) -> None:
         """Let the process that settles what another one left die as well, after so many steps."""

@@ -273,6 +273,8 @@ class QemuBackend:
         if await in_thread(self.catalog.draft, run.instance_id, run.run_id) is not None:
             await in_thread(self.catalog.write_manifest, found.whole)
             await in_thread(self.catalog.publish, run.instance_id, run.run_id)
+        else:  # it may have been killed while it pruned: what that left goes as well
+            await in_thread(self.catalog.discard, run.instance_id, run.run_id)
         return Settled(found.whole.snapshot(), resumed=resumed)
 
     async def aclose(self) -> None:
