@@ -19,7 +19,8 @@ STEPS = (
     *("complete", "publish", "list", "keep", "delete", "record", "file"),
 )
 """A run's steps in their order. *look*: once more at the guest, right before its pause. *keep*: the schedule's file
-names the new snapshot before the one is deleted that it named. *record* and *file*: how it ended, in the run log and in that file.
+names the new snapshot before the one is deleted that it named. *record* and *file*: how it ended, in the run log and
+in that file.
 """
 OF_THE_ENGINE = frozenset({"make ready", "look", "pause", "resume"})
 """Steps that there are only where the engine freezes."""
