@@ -108,8 +108,14 @@ async def _cancel_at(signals: AsyncIterator[int], measuring: trio.CancelScope) -
         measuring.cancel()
 
 
+def _new_directory(parent: Path) -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="hypemand-bench-", dir=parent))
+    directory.chmod(0o711)  # libvirt's guest, which is another user's, has its disk in there
+    return directory
+
+
 async def _measured(figure: Figure, options: Options) -> Sequence[Row]:
-    directory = Path(tempfile.mkdtemp(prefix="hypemand-bench-", dir=options.directory))
+    directory = _new_directory(options.directory)
     _tell(f"{figure.name}: {figure.about}")
     try:
         return await figure.measure(Setting(directory, options.quick, options.runs, options.check is not None, _tell))

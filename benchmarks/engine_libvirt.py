@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 import trio
 from attrs import define
 
-from benchmarks.engine_subjects import Freeze, Subject
+from benchmarks.engine_subjects import StagedSubject, Subject
 from benchmarks.libvirt_guest import ruled_guest
-from benchmarks.ruler import Stage
 
 if TYPE_CHECKING:
     from tests.libvirt_site import Libvirtd
@@ -19,14 +18,11 @@ _SNAPSHOT = "<domainsnapshot><name>{}</name><memory snapshot='internal'/></domai
 
 
 @define(eq=False)
-class LibvirtSubject(Subject):
-    """By QEMU's own STOP and RESUME events, of which libvirt's are a part: it stops the guest before QEMU does."""
+class LibvirtSubject(StagedSubject):
+    """By QEMU's own events, of which libvirt's are a part: it stops the guest before QEMU does."""
 
     name = "libvirt"
-    who = "hypervisor"
     instance = "libvirt-1"
-    settings: str
-    stage: Stage
     _libvirtd: "Libvirtd"
 
     @classmethod
@@ -48,13 +44,3 @@ class LibvirtSubject(Subject):
             connection.lookupByName(self.instance).snapshotCreateXML(_SNAPSHOT.format(tag)).delete()
         finally:
             connection.close()
-
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[Freeze]:
-        """Take the events of a monitor that nobody else uses. Those of deletions come after that of the save."""
-        first = len(self.stage.monitor.events)
-
-        async def freeze() -> float:
-            return (await self.stage.standstills_since(first))[0]
-
-        yield freeze

@@ -123,14 +123,30 @@ class EmbeddedSubject(Subject):
 
 
 @define(eq=False)
-class QemuSubject(Subject):
-    """A QEMU in software emulation, by its own STOP and RESUME events."""
+class StagedSubject(Subject):
+    """A QEMU that stops its guest itself, by its own STOP and RESUME events."""
 
-    name = "qemu"
     who = "hypervisor"
-    instance = "qemu-1"
     settings: str
     stage: Stage
+
+    @asynccontextmanager
+    async def watched(self) -> AsyncIterator[Freeze]:
+        """Take the events of a monitor that nobody else uses. Those of deletions come after that of the save."""
+        first = len(self.stage.monitor.events)
+
+        async def freeze() -> float:
+            return (await self.stage.standstills_since(first))[0]
+
+        yield freeze
+
+
+@define(eq=False)
+class QemuSubject(StagedSubject):
+    """A QEMU in software emulation."""
+
+    name = "qemu"
+    instance = "qemu-1"
     _bare: Bare
 
     @classmethod
@@ -152,16 +168,6 @@ class QemuSubject(Subject):
         """One `snapshot-save`."""
         await self._bare.take(tag)
         await self._bare.remove()
-
-    @asynccontextmanager
-    async def watched(self) -> AsyncIterator[Freeze]:
-        """Take the events of a monitor that nobody else uses. Those of deletions come after that of the save."""
-        first = len(self.stage.monitor.events)
-
-        async def freeze() -> float:
-            return (await self.stage.standstills_since(first))[0]
-
-        yield freeze
 
 
 SUBJECTS: Sequence[Callable[[Path], AbstractAsyncContextManager[Subject]]] = (

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hypemand.asking import Answer, Asked, overview_from_files, state_from_files, tell_silence
 from hypemand.commands import FAILED, MISUSED, OK, CommandError, StateUnreadableError, print_json, warn
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def status(options: argparse.Namespace) -> int:
     """Show each instance, or judge them all for monitoring."""
-    from hypemand.surface.render import show, status_notes, status_table
+    from hypemand.surface.render import show, status_notes
 
     if options.check:
         return _check(options)
@@ -25,29 +25,36 @@ def status(options: argparse.Namespace) -> int:
     answer = _status(asked)
     tell_silence(asked, answer.silent)
     if options.json:
-        print_json(answer.content)
+        print_json(answer.content.document)
         return OK
-    show(status_table(answer.content))
-    for note in status_notes(answer.content):
+    show(answer.content.table)
+    for note in status_notes(answer.content.document):
         print(note, file=sys.stderr)
     return OK
 
 
-def _status(asked: Asked) -> "Answer[Document]":
+class _Status(NamedTuple):
+    """The status, and how it is shown."""
+
+    document: "Document"
+    table: "Table"
+
+
+def _status(asked: Asked) -> "Answer[_Status]":
     """The status, with what only we can tell: the config's problems, and why the daemon did not answer."""
     from hypemand.surface.render import status_notes, status_table
 
-    def read(told: "Document") -> "Document":
+    def read(told: "Document") -> _Status:
         told["config_problems"] = [*asked.problems]
-        status_table(told), status_notes(told)  # that it can be shown
-        return told
+        status_notes(told)  # that it can be shown
+        return _Status(told, status_table(told))
 
     answer = asked.ask("status", read, _status_from_files)
-    if asked.instance is not None and not answer.content["instances"]:
+    if asked.instance is not None and not answer.content.document["instances"]:
         raise asked.unknown("schedule and no backend knows")
     silent = answer.silent
     trouble = None if silent is None else {"why": silent.why.name.lower(), "message": str(silent)}
-    answer.content["socket_trouble"] = trouble
+    answer.content.document["socket_trouble"] = trouble
     return answer
 
 
@@ -72,7 +79,7 @@ def _verdict(asked: Asked) -> "Verdict":
     from hypemand.core.fields import check_instant
     from hypemand.surface.check import judge
 
-    status = _status(asked).content
+    status = _status(asked).content.document
     return judge(status, check_instant(status["at"]), asked.instance)
 
 

@@ -15,10 +15,11 @@ from attrs import define, field
 
 from hypemand.backends import registry
 from hypemand.backends.base import Backend, CaptureRequest, Settled, Surroundings
-from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind, Trigger
+from hypemand.core.model import Freezer, InstanceId, Snapshot, SnapshotKind
 from hypemand.core.naming import scheduled_tags
 from tests.hypeman_server.answers import TOKEN
 from tests.processes import PATIENCE_S, ROOT
+from tests.runs import run_of
 
 PROGRAM = ("-E", "-s", "-S", "-m", "tests.hypeman_server")
 TLS = Path(__file__).parent / "tls"
@@ -277,25 +278,8 @@ def new_request(
 
 async def settle(backend: Backend, request: CaptureRequest, *, ours: bool = True) -> Settled:
     """Settle the run of *request*, with the started line that the engine would have written."""
-    run = RunStarted(
-        run_id=request.run_id,
-        instance_id=WEB,
-        backend=backend.name,
-        trigger=Trigger.SCHEDULE,
-        kind=request.kind,
-        state_before=InstanceState.RUNNING,
-        due_at=request.created_at,
-        next_run_at=request.created_at + timedelta(hours=1),
-        started_at=request.created_at,
-        snapshot_name=request.name,
-        tags=request.tags,
-        max_freeze_s=60,
-        freezes=request.freezes,
-        boot_id="",
-        connection=backend.connection,
-    )
     with trio.fail_after(PATIENCE_S):
-        return await backend.settle(run, ours=ours)
+        return await backend.settle(run_of(request, backend, WEB), ours=ours)
 
 
 async def take(backend: Backend, run_id: str = "run-1", name: str = NAME, **request: Any) -> Snapshot:

@@ -2,13 +2,14 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 
 from hypemand.backends import registry
 from hypemand.backends.base import Backend, CaptureRequest, Settled, Surroundings
-from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind, Trigger
+from hypemand.core.model import Freezer, InstanceId, Snapshot, SnapshotKind
+from tests.runs import run_of
 
 WEB = InstanceId("web-1")
 NAME = "nightly-20260309-020000"
@@ -41,30 +42,8 @@ def new_request(name: str = NAME, *, kind: SnapshotKind = SnapshotKind.STANDBY) 
     )
 
 
-def run_of(request: CaptureRequest, backend: Backend, instance: InstanceId = WEB) -> RunStarted:
-    """The started line that the engine would have written."""
-    standby = request.kind is SnapshotKind.STANDBY
-    return RunStarted(
-        run_id=request.run_id,
-        instance_id=instance,
-        backend=backend.name,
-        trigger=Trigger.MANUAL,
-        kind=request.kind,
-        state_before=InstanceState.RUNNING if standby else InstanceState.STOPPED,
-        due_at=request.created_at,
-        next_run_at=request.created_at + timedelta(hours=1),
-        started_at=request.created_at,
-        snapshot_name=request.name,
-        tags=request.tags,
-        max_freeze_s=30,
-        freezes=request.freezes,
-        boot_id="this-boot",
-        connection=backend.connection,
-    )
-
-
 async def settle(backend: Backend, request: CaptureRequest) -> Settled:
-    return await backend.settle(run_of(request, backend), ours=False)
+    return await backend.settle(run_of(request, backend, WEB), ours=False)
 
 
 async def take(backend: Backend, name: str = NAME, *, kind: SnapshotKind = SnapshotKind.STANDBY) -> Snapshot:

@@ -1,7 +1,7 @@
 """A qemu backend over a real guest, driven as the engine drives it, and an operator's hand. A helper for tests."""
 
 from collections.abc import Awaitable, Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ import trio
 from hypemand.backends import qmp, registry
 from hypemand.backends.base import Backend, Captured, CaptureRequest, Settled, Status, Surroundings
 from hypemand.backends.qemu.jobs import dismiss, finished
-from hypemand.core.model import Freezer, InstanceId, InstanceState, RunStarted, Snapshot, SnapshotKind, Trigger
+from hypemand.core.model import Freezer, InstanceId, InstanceState, Snapshot, SnapshotKind
 from tests.qemu_guest import Guest
+from tests.runs import run_of
 
 WEB = InstanceId("web-1")
 TAG = "nightly-20261122-010000"
@@ -48,27 +49,6 @@ def new_request(
     )
 
 
-def run_of(request: CaptureRequest, backend: Backend) -> RunStarted:
-    """The started line that the engine would have written."""
-    return RunStarted(
-        run_id=request.run_id,
-        instance_id=WEB,
-        backend=backend.name,
-        trigger=Trigger.MANUAL,
-        kind=request.kind,
-        state_before=InstanceState.RUNNING,
-        due_at=request.created_at,
-        next_run_at=request.created_at + timedelta(hours=1),
-        started_at=request.created_at,
-        snapshot_name=request.name,
-        tags=request.tags,
-        max_freeze_s=60,
-        freezes=request.freezes,
-        boot_id="",
-        connection=backend.connection,
-    )
-
-
 async def begun(backend: Backend, request: CaptureRequest) -> Captured:
     """The capture up to the moment from which the guest runs again."""
     if request.freezes is not Freezer.ENGINE:
@@ -95,7 +75,7 @@ async def take(backend: Backend, name: str = TAG, **request: Any) -> Snapshot:
 
 async def settle(backend: Backend, request: CaptureRequest) -> Settled:
     with trio.fail_after(30):
-        return await backend.settle(run_of(request, backend), ours=True)
+        return await backend.settle(run_of(request, backend, WEB), ours=True)
 
 
 def drafts_in(tmp_path: Path) -> list[Path]:

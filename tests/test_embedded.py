@@ -255,9 +255,9 @@ async def test_a_pause_that_was_cancelled_before_it_began_never_begins(root: Pat
         with trio.move_on_after(0.1) as scope:
             await backend.pause(WEB, request_of())
         assert scope.cancelled_caught
-        assert backend._limiter.borrowed_tokens == 1
+        assert backend._threads._limiter.borrowed_tokens == 1
     with trio.fail_after(10):
-        while backend._limiter.borrowed_tokens:
+        while backend._threads._limiter.borrowed_tokens:
             await trio.sleep(0.01)
     assert said(root) == {"state": "Running"}
 

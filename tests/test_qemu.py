@@ -45,12 +45,12 @@ from tests.qemu_backend import (
     new_request,
     opened,
     operator_job,
-    run_of,
     settle,
     tags_on,
     take,
 )
 from tests.qemu_guest import TICKER, blockdev, make_disk, run_img, running_guest
+from tests.runs import run_of
 
 pytestmark = pytest.mark.qemu
 
@@ -532,7 +532,7 @@ async def test_a_tag_older_than_the_run_is_not_its_own(tmp_path: Path) -> None:
         request = new_request()
         await capture_until_stop(backend, guest, request, cancel)
         await operator_job(guest, "snapshot-save", "other", "disk0")  # returns once the one before it is over
-        run = run_of(request, backend)
+        run = run_of(request, backend, WEB)
         settled = await backend.settle(evolve(run, started_at=run.started_at + timedelta(hours=1)), ours=True)
         assert settled == Settled()
         assert await tags_on(guest) == {"disk0": [TAG, "other"]}

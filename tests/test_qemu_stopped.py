@@ -31,12 +31,12 @@ from tests.qemu_backend import (
     drafts_in,
     make_backend,
     new_request,
-    run_of,
     settle,
     tags_on,
     take,
 )
 from tests.qemu_guest import blockdev, make_disk, require_qemu, run_img, running_guest
+from tests.runs import run_of
 
 pytestmark = pytest.mark.qemu
 
@@ -340,7 +340,7 @@ async def test_an_interrupted_run_is_not_settled_while_a_qemu_without_its_monito
         await captured(backend, request)
         guest.socket.rename(guest.socket.with_suffix(".away"))
         with pytest.raises(BackendUnavailable, match="a running QEMU holds"):
-            await backend.settle(run_of(request, backend), ours=True)
+            await backend.settle(run_of(request, backend, WEB), ours=True)
         guest.socket.with_suffix(".away").rename(guest.socket)
         assert (await settle(backend, request)).snapshot is not None
 

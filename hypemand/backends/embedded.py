@@ -9,7 +9,7 @@ import contextlib
 import shlex
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ from hypemand.backends.embedded_guests import (
 )
 from hypemand.backends.embedded_settings import Settings
 from hypemand.backends.ids import checked
-from hypemand.backends.questions import Questions
+from hypemand.backends.own_threads import OwnThreads
 from hypemand.backends.reflinks import MUCH, advice_on_copies, can_reflink
 from hypemand.backends.registry import connection_of
 from hypemand.core.errors import RuleBroken
@@ -78,9 +78,12 @@ class EmbeddedBackend:
 
     name: str
     settings: Settings
-    _limiter: trio.CapacityLimiter = field(init=False, factory=lambda: trio.CapacityLimiter(40))
-    _questions: Questions = field(init=False, factory=Questions)
+    _threads: OwnThreads = field(init=False)
     _locks: defaultdict[InstanceId, threading.Lock] = field(init=False, factory=lambda: defaultdict(threading.Lock))
+
+    @_threads.default
+    def _own_threads(self) -> OwnThreads:
+        return OwnThreads(self.settings.root)
 
     @property
     def capabilities(self) -> Capabilities:
@@ -102,20 +105,20 @@ class EmbeddedBackend:
 
     async def open(self, *, first_use: bool) -> None:
         """Make the configured instances that are not there; on first use what holds them, too."""
-        await self._in_thread(self._open, first_use)
+        await self._threads.do(self._open, first_use)
 
     async def instances(self) -> frozenset[InstanceId]:
         """The directories whose names may be those of instances."""
-        return await self._in_thread(self._listed)
+        return await self._threads.do(self._listed)
 
     async def state(self, instance: InstanceId) -> Status:
         """What ``instance.json`` says at the moment."""
-        guest = await self._told(self._read, checked(instance))
+        guest = await self._threads.ask(self._read, checked(instance))
         return Status(guest.state, f"paused by {guest.paused_by}" if guest.paused_by else "")
 
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
         """Look at the files that would be copied, and at the catalog."""
-        return await self._told(self._prepare, checked(instance), kind)
+        return await self._threads.ask(self._prepare, checked(instance), kind)
 
     async def make_ready(self, instance: InstanceId, request: CaptureRequest) -> None:
         """There is nothing to make ready."""
@@ -142,7 +145,7 @@ class EmbeddedBackend:
             manifest = await self._copy(home, instance, request)
         except BaseException:
             with trio.move_on_after(DISCARD_TIME, shield=True), contextlib.suppress(BackendUnavailable):
-                await self._in_thread(self._catalog.discard, instance, request.run_id)
+                await self._threads.do(self._catalog.discard, instance, request.run_id)
             raise
         return Captured(manifest.snapshot())
 
@@ -152,7 +155,7 @@ class EmbeddedBackend:
 
     async def _copy(self, home: Path, instance: InstanceId, request: CaptureRequest) -> Manifest:
         try:
-            partial = await self._in_thread(self._begin, instance, request)
+            partial = await self._threads.do(self._begin, instance, request)
             rate, meter = self.settings.copy_rate, request.meter
             files = {
                 name: await copy_file(home / name, partial / name, rate=rate, meter=meter)
@@ -170,7 +173,7 @@ class EmbeddedBackend:
                 hypervisor={"name": "embedded"},
                 restore=tuple(self._copied_back(instance, request.run_id, name) for name in files),
             )
-            await self._in_thread(self._catalog.write_manifest, manifest)
+            await self._threads.do(self._catalog.write_manifest, manifest)
         except BackendUnavailable as error:
             raise CaptureFailed(str(error)) from error
         return manifest
@@ -181,16 +184,16 @@ class EmbeddedBackend:
 
     async def publish(self, snapshot: Snapshot) -> None:
         """Make the copies durable, then give them their name in the catalog."""
-        await self._in_thread(self._catalog.publish, checked(snapshot.instance_id), snapshot.id)
+        await self._threads.do(self._catalog.publish, checked(snapshot.instance_id), snapshot.id)
 
     async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
         """What the catalog holds, also of an instance that is gone."""
-        manifests = await self._told(self._catalog.manifests, checked(instance))
+        manifests = await self._threads.ask(self._catalog.manifests, checked(instance))
         return tuple(manifest.snapshot() for manifest in manifests)
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
         """Delete it from the catalog."""
-        await self._in_thread(self._catalog.delete, checked(snapshot.instance_id), snapshot.id)
+        await self._threads.do(self._catalog.delete, checked(snapshot.instance_id), snapshot.id)
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
         """Thaw first, by the mark alone; then look at the catalog. A partial snapshot is never complete here."""
@@ -204,7 +207,7 @@ class EmbeddedBackend:
         resumed = found is not None and found.frozen_by_us
         paused_at = found.paused_at if found is not None and resumed else None
         freeze_s = (datetime.now(UTC) - paused_at).total_seconds() if paused_at is not None else None
-        snapshot = await self._in_thread(self._settle_snapshot, run)
+        snapshot = await self._threads.do(self._settle_snapshot, run)
         return Settled(snapshot=snapshot, resumed=resumed, freeze_s=freeze_s, notes=notes)
 
     async def aclose(self) -> None:
@@ -212,22 +215,6 @@ class EmbeddedBackend:
         await trio.lowlevel.checkpoint()
 
     # Threads of its own: a hung filesystem below this root stops no other backend.
-
-    async def _in_thread(self, work: Callable[..., T], *args: Any) -> T:
-        with self._as_unavailable():
-            return await trio.to_thread.run_sync(work, *args, abandon_on_cancel=True, limiter=self._limiter)
-
-    async def _told(self, work: Callable[..., T], *args: Any) -> T:
-        """As `_in_thread`, for what only reads little."""
-        with self._as_unavailable():
-            return await self._questions.ask(work, *args)
-
-    @contextlib.contextmanager
-    def _as_unavailable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise BackendUnavailable(f"{error.filename or self.settings.root}: {error.strerror}") from error
 
     async def _change(self, instance: InstanceId, change: Callable[[Guest], Guest]) -> Guest:
         """Rewrite ``instance.json``, and return what it said before.
@@ -246,7 +233,7 @@ class EmbeddedBackend:
                 return guest
 
         try:
-            return await self._in_thread(work)
+            return await self._threads.do(work)
         finally:
             abandoned.set()
 

@@ -59,12 +59,12 @@ class VmmBackend:
 
     async def open(self, *, first_use: bool) -> None:
         """Open the catalog."""
-        await self.guests.in_thread(self.guests.catalog.open, first_use=first_use)
+        await self.guests.threads.do(self.guests.catalog.open, first_use=first_use)
 
     async def instances(self) -> frozenset[InstanceId]:
         """Ids of the sockets and disks that fit the templates."""
         settings = self.guests.settings
-        found = await self.guests.told(settings.find_instances)
+        found = await self.guests.threads.ask(settings.find_instances)
         if not found:
             templates = ", ".join(map(str, (settings.socket, *settings.disks)))
             raise BackendUnavailable(f"nothing fits {templates}: no guest runs, or a directory is missing")
@@ -105,16 +105,16 @@ class VmmBackend:
 
     async def publish(self, snapshot: Snapshot) -> None:
         """List it in the catalog."""
-        await self.guests.in_thread(self.guests.catalog.publish, checked(snapshot.instance_id), snapshot.id)
+        await self.guests.threads.do(self.guests.catalog.publish, checked(snapshot.instance_id), snapshot.id)
 
     async def list_snapshots(self, instance: InstanceId) -> tuple[Snapshot, ...]:
         """What the catalog holds, whether the guest runs or not."""
-        manifests = await self.guests.told(self.guests.catalog.manifests, checked(instance))
+        manifests = await self.guests.threads.ask(self.guests.catalog.manifests, checked(instance))
         return tuple(manifest.snapshot() for manifest in manifests)
 
     async def delete_snapshot(self, snapshot: Snapshot) -> None:
         """Delete it from the catalog."""
-        await self.guests.in_thread(self.guests.catalog.delete, checked(snapshot.instance_id), snapshot.id)
+        await self.guests.threads.do(self.guests.catalog.delete, checked(snapshot.instance_id), snapshot.id)
 
     async def settle(self, run: RunStarted, *, ours: bool) -> Settled:
         """Thaw first; then look at the catalog. A partial snapshot is never complete here."""
@@ -126,7 +126,7 @@ class VmmBackend:
             if thawed.resumed:
                 _log.warning("the guest was found frozen and was resumed", instance_id=run.instance_id)
                 self._found_frozen.add(run.run_id)  # this settling may fail, and the next one has to know
-        snapshot = await self.guests.in_thread(self._settle_snapshot, run)
+        snapshot = await self.guests.threads.do(self._settle_snapshot, run)
         self._capturing.forget(run.instance_id)
         resumed = run.run_id in self._found_frozen
         self._found_frozen.discard(run.run_id)

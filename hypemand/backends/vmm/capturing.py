@@ -81,7 +81,7 @@ class Capturing:
         if look.state is not InstanceState.RUNNING:
             raise InvalidState(f"instance is {look}: only a running one can be paused")
         ready = await make_ready(self.guests, instance, request, machine)
-        await self.guests.in_thread(origin.write_note, ready.partial, client.peer)
+        await self.guests.threads.do(origin.write_note, ready.partial, client.peer)
         return ready
 
     def _is_ready(self, instance: InstanceId, request: CaptureRequest) -> bool:
@@ -182,14 +182,14 @@ class Capturing:
     async def _copy(self, instance: InstanceId, ready: Ready, meter: Meter) -> Captured:
         """Copy the disks, and see that they are of the same instant as what was saved."""
         meter.total_bytes = sum(disk.data_bytes for disk in ready.disks)
-        signs = await self.guests.in_thread(files.signs_of, ready.disks)
+        signs = await self.guests.threads.do(files.signs_of, ready.disks)
         sizes = await files.copy_disks(ready.disks, ready.partial / DISKS, meter)
         return await self._check(instance, Taken(ready, sizes), signs)
 
     async def _check(self, instance: InstanceId, taken: Taken, signs: tuple[Sign, ...]) -> Captured:
         """Make sure that all of it is of one instant, and of the disks that the guest has."""
         machine = await self._inspect(self.guests.client(instance))
-        now, saved = await self.guests.in_thread(
+        now, saved = await self.guests.threads.do(
             lambda: (files.signs_of(taken.ready.disks), _sizes(taken.ready.saving))
         )
         if machine.drives != taken.ready.machine.drives or now != signs:
@@ -226,27 +226,27 @@ class Capturing:
         taken = self._taken.pop(snapshot.instance_id)
         saved = await self._take_back(taken.ready) if snapshot.kind is SnapshotKind.STANDBY else {}
         manifest = self._manifest(snapshot.instance_id, taken, saved)
-        await self.guests.in_thread(origin.remove_note, taken.ready.partial)
-        await self.guests.in_thread(self.guests.catalog.write_manifest, manifest)
-        await self.guests.in_thread(self.guests.drop_saving, snapshot.instance_id, snapshot.id)
+        await self.guests.threads.do(origin.remove_note, taken.ready.partial)
+        await self.guests.threads.do(self.guests.catalog.write_manifest, manifest)
+        await self.guests.threads.do(self.guests.drop_saving, snapshot.instance_id, snapshot.id)
         return evolve(captured, snapshot=manifest.snapshot())
 
     async def _take_back(self, ready: Ready) -> dict[str, int]:
         """Have the VMM's files in the catalog, also from the VMM's own root directory."""
         target = ready.partial / SAVED
-        saved, left = await self.guests.in_thread(take_back, ready.saving, target)
+        saved, left = await self.guests.threads.do(take_back, ready.saving, target)
         check_sizes(self.guests.dialect, ready.machine, ready.saving, saved)
         room = ready.partial / ROOM
         if left:
-            descriptor = await self.guests.in_thread(open_own, ready.saving)
+            descriptor = await self.guests.threads.do(open_own, ready.saving)
             try:
-                exchange = await self.guests.in_thread(Exchange, room, sum(saved[name] for name in left))
+                exchange = await self.guests.threads.do(Exchange, room, sum(saved[name] for name in left))
                 for name in left:
                     await copy_file(Path(f"/proc/self/fd/{descriptor}") / name, target / name, meter=exchange)
             finally:
                 os.close(descriptor)
-        await self.guests.in_thread(room.unlink, missing_ok=True)
-        await self.guests.in_thread(check_documents, self.guests.dialect, target)
+        await self.guests.threads.do(room.unlink, missing_ok=True)
+        await self.guests.threads.do(check_documents, self.guests.dialect, target)
         return saved
 
     def forget(self, instance: InstanceId) -> None:

@@ -1,18 +1,14 @@
 """How the guests of one backend are reached, and where their files are."""
 
-import contextlib
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import trio
 from attrs import field, frozen
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.backends.catalog import Catalog
 from hypemand.backends.ids import checked
-from hypemand.backends.questions import Questions
+from hypemand.backends.own_threads import OwnThreads
 from hypemand.backends.templates import filled
 from hypemand.backends.vmm.client import Client, SocketAbsent
 from hypemand.backends.vmm.dialect import Dialect
@@ -41,9 +37,12 @@ class Guests:
     settings: VmmSettings
     catalog: Catalog
     chroot: Path | None = None
-    _questions: Questions = field(init=False, factory=Questions)
-    _limiter: trio.CapacityLimiter = field(init=False, factory=lambda: trio.CapacityLimiter(40))
+    threads: OwnThreads = field(init=False)
     _clients: dict[InstanceId, Client] = field(init=False, factory=dict)
+
+    @threads.default
+    def _threads(self) -> OwnThreads:
+        return OwnThreads(self.catalog.root)
 
     def client(self, instance: InstanceId) -> Client:
         """What asks the VMM of *instance*."""
@@ -86,8 +85,8 @@ class Guests:
         client = self.client(instance)
         if client.peer is not None and client.is_alive():
             raise BackendUnavailable(f"{absent}; but its VMM runs (process {client.peer.pid})") from absent
-        files = await self.in_thread(self.settings.disks_of, instance)
-        if used := await self.in_thread(locked, files):
+        files = await self.threads.do(self.settings.disks_of, instance)
+        if used := await self.threads.do(locked, files):
             raise BackendUnavailable(f"{absent}; but a process has locked {', '.join(used)}") from absent
         if files:
             await self._check_unused(files, absent)
@@ -99,7 +98,7 @@ class Guests:
 
     async def _check_unused(self, files: list[Path], absent: SocketAbsent) -> None:
         """No answer is no proof that a guest is stopped: its socket may have been removed."""
-        use = await self.in_thread(use_of, files)
+        use = await self.threads.do(use_of, files)
         if use.written:
             raise BackendUnavailable(f"{absent}; but a process has {', '.join(use.written)} open for writing")
         if use.untold:
@@ -107,31 +106,6 @@ class Guests:
                 f"{absent}; whether a process has {', '.join(use.untold)} open for writing can't be told: the kernel"
                 " tells it the owner of the file, and root (CAP_LEASE; for block devices CAP_SYS_PTRACE)"
             )
-
-    # Threads of its own: a hung filesystem below this catalog stops no other backend.
-
-    async def in_thread(self, work: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Do blocking *work*; it is left behind on cancellation.
-
-        Raises:
-            BackendUnavailable: In place of an `OSError`.
-        """
-        with self._as_unavailable():
-            return await trio.to_thread.run_sync(
-                partial(work, *args, **kwargs), abandon_on_cancel=True, limiter=self._limiter
-            )
-
-    async def told(self, work: Callable[..., T], *args: Any) -> T:
-        """As `in_thread`, for what only reads little."""
-        with self._as_unavailable():
-            return await self._questions.ask(work, *args)
-
-    @contextlib.contextmanager
-    def _as_unavailable(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise BackendUnavailable(f"{error.filename or self.catalog.root}: {error.strerror}") from error
 
     def close(self) -> None:
         """Let go of what is held."""

@@ -26,7 +26,7 @@ class Preparing:
     async def prepare(self, instance: InstanceId, kind: SnapshotKind) -> Preparation:
         """Look at the guest, its disks and the catalog."""
         guests = self.guests
-        manifests = await guests.told(guests.catalog.manifests, instance)
+        manifests = await guests.threads.ask(guests.catalog.manifests, instance)
         names = frozenset(manifest.name for manifest in manifests)
         if kind is SnapshotKind.STOPPED:
             return await self._stopped(instance, names)
@@ -34,7 +34,7 @@ class Preparing:
         if machine.refusals:
             raise Unsupported("; ".join(machine.refusals))
         identity = await guests.dialect.identify(guests.client(instance))
-        return await guests.in_thread(self._running, instance, machine, identity, names)
+        return await guests.threads.do(self._running, instance, machine, identity, names)
 
     async def _stopped(self, instance: InstanceId, names: frozenset[str]) -> Preparation:
         guests = self.guests
@@ -42,8 +42,8 @@ class Preparing:
             raise Unsupported("to have a stopped guest captured, say where its disks are: the backend's setting disks")
         absent = SocketAbsent("nobody listens at its socket")
         paths = await guests.files_of_stopped(instance, absent)
-        found = await guests.in_thread(read_disks, guests, instance, paths)
-        needed = await guests.in_thread(_copied_bytes, found, guests.catalog.root)
+        found = await guests.threads.do(read_disks, guests, instance, paths)
+        needed = await guests.threads.do(_copied_bytes, found, guests.catalog.root)
         return Preparation((Room(guests.catalog.root, needed + MARGIN),), names, warnings=tuple(_overlays(found)))
 
     def _running(

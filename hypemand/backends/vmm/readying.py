@@ -51,7 +51,7 @@ async def make_ready(guests: Guests, instance: InstanceId, request: CaptureReque
         raise CaptureFailed("; ".join(machine.refusals))
     identity = await guests.dialect.identify(guests.client(instance))
     try:
-        return await guests.in_thread(_made_ready, guests, instance, request, identity, machine)
+        return await guests.threads.do(_made_ready, guests, instance, request, identity, machine)
     except (BackendUnavailable, Unsupported) as error:
         raise CaptureFailed(f"the capture can't be made ready: {error}") from error
 

@@ -29,10 +29,10 @@ async def copy_stopped(guests: Guests, instance: InstanceId, request: CaptureReq
         CaptureFailed: The guest runs, or did so meanwhile.
     """
     found = await _unused_disks(guests, instance)
-    signs = await guests.in_thread(files.signs_of, found)
-    partial = await guests.in_thread(begun, guests, instance, request)
+    signs = await guests.threads.do(files.signs_of, found)
+    partial = await guests.threads.do(begun, guests, instance, request)
     sizes = await files.copy_disks(found, partial / DISKS, request.meter)
-    if signs != await guests.in_thread(files.signs_of, found):
+    if signs != await guests.threads.do(files.signs_of, found):
         raise CaptureFailed("a disk was written to while it was copied: something uses the disks of this guest")
     try:
         await _unused_disks(guests, instance)
@@ -48,7 +48,7 @@ async def _unused_disks(guests: Guests, instance: InstanceId) -> tuple[Disk, ...
         paths = await guests.files_of_stopped(instance, absent)
     else:
         raise CaptureFailed(f"instance is {look} now, it was Stopped when its run began")
-    return await guests.in_thread(read_disks, guests, instance, paths)
+    return await guests.threads.do(read_disks, guests, instance, paths)
 
 
 def read_disks(guests: Guests, instance: InstanceId, paths: Iterable[Path]) -> tuple[Disk, ...]:

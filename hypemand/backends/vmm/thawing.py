@@ -76,7 +76,7 @@ async def _process_of(guests: Guests, capturing: Capturing, run: RunStarted) -> 
     if paused is not None and paused.run_id == run.run_id:
         return paused.peer if paused.peer is not None and paused.peer.is_known else None
     with trio.move_on_after(READ_S), suppress(BackendUnavailable):
-        return await guests.in_thread(origin.read_note, guests.catalog.partial(run.instance_id, run.run_id))
+        return await guests.threads.do(origin.read_note, guests.catalog.partial(run.instance_id, run.run_id))
     return None
 
 

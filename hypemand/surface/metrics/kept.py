@@ -1,6 +1,6 @@
 """Which snapshots instances have, for whoever must not wait for a hypervisor: told by runs, asked for now and then."""
 
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
 
@@ -25,12 +25,12 @@ AT_A_TIME = 500
 _log = structlog.get_logger()
 
 
-async def _by_the_way(instances: Iterable[InstanceId]) -> AsyncIterator[InstanceId]:
-    """*instances* as they are now, without holding up anybody where they are a hundred thousand."""
-    for number, instance in enumerate([*instances], 1):
-        yield instance
-        if number % AT_A_TIME == 0:
-            await trio.lowlevel.checkpoint()
+async def _in_pieces(instances: Iterable[InstanceId]) -> AsyncIterator[Sequence[InstanceId]]:
+    """*instances* as they are now, some at a time: a hundred thousand at once would hold up runs."""
+    of_now = [*instances]
+    for start in range(0, len(of_now), AT_A_TIME):
+        yield of_now[start : start + AT_A_TIME]
+        await trio.lowlevel.checkpoint()
 
 
 @frozen
@@ -53,7 +53,6 @@ class KeptSnapshots:
 
     def heard(self, instance: InstanceId, snapshots: tuple[Snapshot, ...] | None) -> None:
         """Take in what a backend told; None: it could not tell, and what it told before counts no longer."""
-        self._answers.pop(instance, None)  # in the order of the answers, the oldest first
         self._answers[instance] = _Answer(snapshots, self._engine.clock.boot_s())
 
     def of(self, instance: InstanceId) -> tuple[Snapshot, ...] | None:
@@ -80,20 +79,33 @@ class KeptSnapshots:
     async def _to_ask(self) -> dict[str, list[InstanceId]]:
         """Instances by backend, those first that were not asked about for longest."""
         schedules, boot_s = self._engine.store.schedules, self._engine.clock.boot_s()
-        old = []
-        async for instance in _by_the_way(self._answers):
-            known = self._answers.get(instance)
-            if instance not in schedules:
-                self._answers.pop(instance, None)
-            elif known is not None and known.is_old(boot_s):
-                old.append(instance)
-        unknown = [instance async for instance in _by_the_way(schedules) if instance not in self._answers]
-        to_ask: dict[str, list[InstanceId]] = {}
-        async for instance in _by_the_way([*unknown, *old]):
-            schedule = schedules.get(instance)
-            if schedule is not None:
-                with suppress(UnknownBackendError):
-                    to_ask.setdefault(self._engine.fleet.resolve(schedule.backend), []).append(instance)
+        if len(self._answers) > len(schedules):
+            await self._forget_gone()
+        unknown: list[InstanceId] = []
+        old: list[tuple[float, InstanceId]] = []
+        async for some in _in_pieces(schedules):
+            for instance in some:
+                known = self._answers.get(instance)
+                if known is None:
+                    unknown.append(instance)
+                elif known.is_old(boot_s):
+                    old.append((known.at_s, instance))
+        return await self._by_backend([*unknown, *(instance for _, instance in sorted(old))])
+
+    async def _forget_gone(self) -> None:
+        async for some in _in_pieces(self._answers):
+            for instance in some:
+                if instance not in self._engine.store.schedules:
+                    self._answers.pop(instance, None)
+
+    async def _by_backend(self, instances: Iterable[InstanceId]) -> dict[str, list[InstanceId]]:
+        schedules, to_ask = self._engine.store.schedules, dict[str, list[InstanceId]]()
+        async for some in _in_pieces(instances):
+            for instance in some:
+                schedule = schedules.get(instance)
+                if schedule is not None:
+                    with suppress(UnknownBackendError):
+                        to_ask.setdefault(self._engine.fleet.resolve(schedule.backend), []).append(instance)
         return to_ask
 
     async def _ask_each(self, backend: str, instances: Collection[InstanceId], busy: set[str]) -> None:
