@@ -526,6 +526,18 @@ async def test_what_the_file_names_as_the_last_snapshot_is_pruned_at_no_moment(
         assert w.backend.machines[WEB].snapshots[named or ""].name != before
 
 
+async def test_a_run_that_prunes_others_alone_writes_its_schedule_once(
+    tmp_path: Path, virtual_clock: VirtualClock
+) -> None:
+    disk = FaultyDisk()
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=2), disk=disk) as w:
+        await trio.sleep(2 * 3600 + 60)
+        disk.forget()
+        await trio.sleep(3600)
+        assert (len(w.outcomes()), len(w.backend.names("web-1"))) == (4, 2)
+        assert disk.calls["replace"] == 1
+
+
 async def test_the_last_snapshot_stays_while_its_successor_cannot_be_written_down(
     tmp_path: Path, virtual_clock: VirtualClock
 ) -> None:

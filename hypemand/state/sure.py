@@ -12,7 +12,7 @@ class SureEvent:
     _waiting: list[trio.lowlevel.Task] = Factory(list)
 
     def set(self) -> None:
-        """Wake all that wait, in their order."""
+        """Wake all that wait."""
         self._is_set = True
         for task in self._waiting:
             trio.lowlevel.reschedule(task)
