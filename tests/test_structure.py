@@ -9,11 +9,12 @@ from typing import Any
 import orjson
 import pytest
 from attrs import Factory, evolve, field, frozen
+from cattrs import Converter
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hypemand.core.errors import HypemandError, InvalidInput, Problem, RuleBroken, join_path
-from hypemand.core.fields import check_instant, check_path, format_instant
+from hypemand.core.fields import check_backend_name, check_instant, check_path, format_instant
 from hypemand.core.model import (
     FirstRun,
     Freezer,
@@ -40,7 +41,7 @@ from hypemand.core.model import (
     SnapshotKind,
     Trigger,
 )
-from hypemand.core.structure import new_converter, resolve_paths, structure
+from hypemand.core.structure import new_converter, resolve_paths, share_equal, structure
 from tests.strategies import NOW, WEB, instants, schedules, snapshots
 
 CONVERTER = new_converter()
@@ -502,3 +503,35 @@ def test_invalid_input_reads_as_all_its_problems_in_their_order() -> None:
 @given(st.text(), st.text())
 def test_a_problem_is_shown_with_its_path_when_it_has_one(path: str, message: str) -> None:
     assert str(Problem(path, message)) == (f"{path}: {message}" if path else message)
+
+
+def sharing() -> Converter:
+    converter = new_converter()
+    share_equal(converter, Retention)
+    return converter
+
+
+def test_tables_that_say_the_same_are_one_object_and_others_are_not() -> None:
+    converter = sharing()
+    made = [structure(converter, {"max_age": "24h", "max_count": 7}, Retention) for _ in range(2)]
+    assert made[0] is made[1]
+    assert made[0] == Retention(max_age=timedelta(hours=24), max_count=7)
+    assert structure(converter, {"max_count": 7}, Retention) is not made[0]
+    mixed = {"max_count": 7, "notes": [{"by": "hand"}]}  # keys of a later version, which are kept
+    assert structure(converter, mixed, Retention) == Retention(max_count=7, extra={"notes": [{"by": "hand"}]})
+
+
+def test_what_is_shared_is_no_less_strict() -> None:
+    converter = sharing()
+    structure(converter, {"max_count": 1}, Retention)
+    for wrong in ({"max_count": True}, {"max_count": 1.0}, {"max_age": "a day"}, ["max_count"], None):
+        with pytest.raises(InvalidInput):
+            structure(converter, wrong, Retention)
+
+
+def test_a_backend_is_named_by_a_string_of_which_there_is_one() -> None:
+    first, second = ("vms" for _ in range(2))
+    assert first is not second
+    assert check_backend_name(first) is check_backend_name(second)
+    with pytest.raises(RuleBroken, match="7 must be a string"):
+        check_backend_name(7)
