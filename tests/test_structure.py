@@ -530,7 +530,7 @@ def test_what_is_shared_is_no_less_strict() -> None:
 
 
 def test_a_backend_is_named_by_a_string_of_which_there_is_one() -> None:
-    first, second = ("vms" for _ in range(2))
+    first, second = (str(b"vms", "ascii") for _ in range(2))
     assert first is not second
     assert check_backend_name(first) is check_backend_name(second)
     with pytest.raises(RuleBroken, match="7 must be a string"):
