@@ -42,7 +42,7 @@ class Beside:
 
     @contextmanager
     def look_after(self, slot: Slot, within_s: float, meter: Meter, tell: TellStep) -> Iterator[None]:
-        """In the block a capture goes on, which has *slot* for *within_s*, or up to a second longer; copies are told."""
+        """In the block a capture goes on, which has *slot* for *within_s*, or a second longer; copies are told."""
         capture = _Capture(slot, trio.current_time() + within_s, meter, tell)
         self._captures.add(capture)
         if not self._looks:
