@@ -22,6 +22,7 @@ from hypemand.core.model import (
     Trigger,
 )
 from hypemand.core.naming import scheduled_tags
+from hypemand.engine.recovery import LeftOpen
 from hypemand.state.codec import Line, encode_line
 from tests.fakes import START, FakeBackend, FakeClock, seeded_snapshot
 from tests.virtual_time import VirtualClock
@@ -125,6 +126,22 @@ async def test_what_a_killed_run_may_have_pruned_is_told(
         error = w.history()[-1].error or ""
         wanted = "maybe pruned by it: gone" if answers else "whether it has pruned any is not known: busy"
         assert error.endswith(wanted)
+
+
+async def test_a_run_that_had_not_come_to_pruning_is_not_said_to_have_pruned(
+    tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock
+) -> None:
+    run = started(fake)
+    (tmp_path / "runs.jsonl").write_bytes(encode_line(made_before("gone", 3)) + encode_line(run))
+    fake.machines[WEB].snapshots["crashed"] = evolve(seeded_snapshot("web-1", 1, START, {}), id="crashed")
+    fake.fail("settle", "web-1", BackendUnavailable("busy"))
+    async with world(tmp_path, entry("web-1", HOUR), backends=[fake]) as w:
+        w.engine.recovery.hand_over(run, LeftOpen("the capture took too long", thawed=True))
+        fake.heal("settle", "web-1")
+        await trio.sleep(60)
+        error = next(line.error for line in w.history() if line.run_id == "crashed") or ""
+        assert "is kept" in error
+        assert "pruned" not in error
 
 
 async def test_a_partial_snapshot_is_removed(tmp_path: Path, fake: FakeBackend, virtual_clock: VirtualClock) -> None:

@@ -8,7 +8,7 @@ import trio
 from attrs import evolve
 
 from hypemand.backends.base import BackendUnavailable, CaptureFailed, InstanceNotFound
-from hypemand.core.model import Freezer, InstanceId, InstanceState, SnapshotKind
+from hypemand.core.model import Freezer, InstanceId, InstanceState, Snapshot, SnapshotKind
 from hypemand.state.codec import decode_schedule, encode_line
 from hypemand.state.files import Disk
 from hypemand.state.segments import read_log
@@ -524,6 +524,31 @@ async def test_what_the_file_names_as_the_last_snapshot_is_pruned_at_no_moment(
         (file,) = (tmp_path / "schedules").glob("*.json")
         named = decode_schedule(file.read_bytes(), WEB).last_snapshot_id
         assert w.backend.machines[WEB].snapshots[named or ""].name != before
+
+
+async def test_where_the_file_is_behind_what_it_names_stays_until_it_names_the_new_one(
+    tmp_path: Path, virtual_clock: VirtualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = FaultyDisk()
+    async with world(tmp_path, entry("web-1", HOUR, first_run="now", max_count=2), disk=disk) as w:
+        await trio.sleep(60)
+        (first,) = w.backend.names("web-1")
+        disk.fail("replace")
+        await trio.sleep(3600)  # the second run: the file still names the first one's
+        publish = type(w.backend).publish
+
+        async def healing(backend: FakeBackend, snapshot: Snapshot) -> None:
+            disk.heal()
+            await publish(backend, snapshot)
+
+        monkeypatch.setattr(type(w.backend), "publish", healing)
+        w.backend.fail("delete_snapshot", first)
+        await trio.sleep(3600)
+        assert w.backend.times("delete_snapshot", first), "it is being deleted now"
+        (file,) = (tmp_path / "schedules").glob("*.json")
+        named = decode_schedule(file.read_bytes(), WEB).last_snapshot_id
+        assert named is not None
+        assert named == max(w.backend.machines[WEB].snapshots.values(), key=lambda s: s.created_at).id
 
 
 async def test_a_run_that_prunes_others_alone_writes_its_schedule_once(

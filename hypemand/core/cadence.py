@@ -93,10 +93,9 @@ def next_slot(due_at: datetime, interval: timedelta, now: datetime) -> Slot:
 def reanchor(schedule: Schedule, now: datetime, next_run_at: datetime | None = None) -> datetime:
     """*next_run_at*, or that of *schedule*, brought back onto its grid when it lies too far ahead.
 
-    That is further than one interval and the jitter.
-
-    That happens when a clock was wrong once, or somebody edited the file. A
-    first run at a time of day may lie up to a day ahead of a short interval.
+    That is further than one interval and the jitter. It happens when a clock
+    was wrong once, or somebody edited the file. A first run at a time of day
+    may lie up to a day ahead of a short interval.
     """
     reach = schedule.interval + jitter(schedule.instance_id, schedule.interval)
     awaits_time_of_day = schedule.last_run_at is None and schedule.settings.first_run not in (None, "now")

@@ -180,14 +180,12 @@ class Engine:
         self.slots.resize(self.config.runs.concurrency, limits)
         self.fleet.have(backends)
         opened = trio.Event()
-        if self.fleet.is_settled:
-            opened.set()
-        else:
-            self._background.start_soon(self._open_backends, opened)
+        self._background.start_soon(self._open_backends, opened)
         return opened
 
     async def _open_backends(self, opened: trio.Event) -> None:
-        await self.fleet.open_all(used=self.used_backends)
+        if not self.fleet.is_settled:  # mostly it is, and to tell which were used takes a look at all schedules
+            await self.fleet.open_all(used=self.used_backends)
         opened.set()
 
     async def _look(self) -> None:

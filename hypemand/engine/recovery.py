@@ -133,7 +133,7 @@ class Recovery:
         async with self.fleet.reconnect(run.backend, run.connection) as backend:
             ours = self.is_ours(run)
             settled = await answer("settle", self.patience.settle_s, lambda: backend.settle(run, ours=ours))
-            if settled.snapshot is not None:
+            if settled.snapshot is not None and run.run_id not in self.left_open:  # else it has not pruned yet
                 settled = evolve(settled, notes=(*settled.notes, *await self._tell_of_gone(backend, run)))
         assert settled is not None
         return settled

@@ -153,7 +153,10 @@ class Runner:
                 await self._means.recorder.put(evolve(now, last_snapshot_id=taken))
             return now is not None and schedule.instance_id not in store.unsaved
 
-        last_good = LastGood(last, write_successor) if last is not None and last != taken else None
+        last_good = None
+        is_behind = not store.is_written(schedule.instance_id)  # its file may name one that is older still
+        if last is not None and last != taken and not (is_behind and await write_successor()):
+            last_good = LastGood(last, write_successor)
         await self._means.pruner.prune(backend, current, {taken}, progress.pruning, last_good=last_good)
 
     async def _conclude(self, backend: Backend, schedule: Schedule, progress: Progress) -> RunFinished | None:
