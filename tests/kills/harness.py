@@ -146,11 +146,12 @@ class Harness:
 
     async def _one_run(self) -> None:
         lab = self.ground.lab
+        before = len(lab.history(GUEST))  # counted now: the daemon's log is ahead of its run log
         async with running_daemon(lab.config) as daemon:
             with trio.move_on_after(self.patience_s) as patience:
                 await daemon.wait_for("snapshot taken", instance_id=GUEST)
                 await daemon.wait_for("run failed", instance_id=OPERATORS)
-                await lab.recorded(len(lab.history(GUEST)))
+                await lab.recorded(before + 1)
                 await daemon.stop()
             assert not patience.cancelled_caught, f"no snapshot within {self.patience_s} s"
 
