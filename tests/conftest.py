@@ -3,6 +3,7 @@
 import fnmatch
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,9 @@ from tests.virtual_time import VirtualClock
 # A busy machine is no bug, and 60 examples a promise keep the suite quick.
 settings.register_profile("hypemand", deadline=None, max_examples=60)
 settings.load_profile("hypemand")
+
+# A shell without job control has what it starts in the background ignore SIGINT; some of our children are sent it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONG = (
