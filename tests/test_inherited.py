@@ -65,7 +65,7 @@ def test_a_control_socket_is_taken_and_stays_when_it_is_closed(
     assert inherited.take_control_socket(tmp_path / "other.sock") is None
     taken = inherited.take_control_socket(tmp_path / "api.sock")
     assert taken is not None
-    assert taken.is_there()
+    assert not taken.is_lost()
     taken.close()
     assert taken.socket.fileno() == -1
     assert (tmp_path / "api.sock").is_socket()

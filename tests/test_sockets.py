@@ -88,7 +88,7 @@ def test_a_stale_socket_is_replaced(path: Path) -> None:
 def test_a_live_one_never_is_also_when_nobody_accepts_there(path: Path, made: ControlSocket) -> None:
     with pytest.raises(SocketRefusedError, match=r"another program listens at .*: stop it, or set api\.socket"):
         open_control_socket(path)
-    assert made.is_there()
+    assert not made.is_lost()
     assert connects(path)
 
 
@@ -164,7 +164,7 @@ def test_of_many_that_try_at_once_one_gets_it_and_keeps_it(stale: bool, path: Pa
         thread.join()
     (winner,) = got
     assert len(refused) == 7
-    assert winner.is_there()
+    assert not winner.is_lost()
     assert connects(path)
     winner.close()
 
@@ -173,7 +173,7 @@ def test_closed_it_removes_its_file_and_never_that_of_another(path: Path) -> Non
     first = open_control_socket(path)
     path.unlink()
     second = open_control_socket(path)
-    assert not first.is_there()
+    assert first.is_lost()
     first.close()
     assert connects(path)
     second.close()

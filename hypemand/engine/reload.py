@@ -6,6 +6,7 @@ from pathlib import Path
 import trio
 from attrs import frozen
 
+from hypemand.engine.looking import until
 from hypemand.state.files import Signature
 
 
@@ -42,11 +43,13 @@ async def watch_file(
     if known == NOT_KNOWN:
         known = await _signature(path)
     while True:
-        await trio.sleep(tempo.poll_s)
-        seen = await _signature(path)
-        if seen != known:
-            known = await _until_quiet(path, seen, tempo)
-            await on_edit()
+        await _until_changed(path, known, tempo)
+        known = await _until_quiet(path, await _signature(path), tempo)
+        await on_edit()
+
+
+async def _until_changed(path: Path, known: Signature | None, tempo: Tempo) -> None:
+    await until(lambda: file_version(path) != known, tempo.poll_s)
 
 
 async def _until_quiet(path: Path, seen: Signature | None, tempo: Tempo) -> Signature | None:

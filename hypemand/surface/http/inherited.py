@@ -39,7 +39,7 @@ class Inherited:
                 except OSError:  # its file is gone: nobody finds it any more
                     made.close()
         control = self._control
-        if control is not None and control.is_there():
+        if control is not None and not control.is_lost():
             return evolve(control, socket=control.socket.dup())
         if control is not None:
             self._control = None

@@ -19,6 +19,7 @@ from attrs import field, frozen
 from hypercorn.trio.worker_context import WorkerContext
 from starlette.types import ASGIApp
 
+from hypemand.engine.looking import until
 from hypemand.surface.http.connection import Connection, Limits
 from hypemand.surface.http.http1 import http_config
 from hypemand.surface.http.inherited import Inherited
@@ -26,6 +27,8 @@ from hypemand.surface.http.sockets import BACKLOG, ControlSocket, SocketRefusedE
 
 T = TypeVar("T")
 RETRY_S = 2.0
+LOOK_EVERY = 5
+"""So much seldomer it is looked whether the control socket is there still: nobody is waiting."""
 _NOT_HERE = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})
 _KEEP_ALIVE = (
     (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
@@ -145,7 +148,7 @@ class Serving:
                     nursery.start_soon(self._accept, listener, self._socket_door, clients)
                     _log.info("API serves", socket=place)
                     self._is_open(place)
-                    await self._until_lost(made)
+                    await until(made.is_lost, LOOK_EVERY * self._retry_s)
                     nursery.cancel_scope.cancel()
             finally:
                 made.close()
@@ -163,12 +166,6 @@ class Serving:
         if len(self._open) == (2 if serves_tcp else 1):
             self._inherited.refuse_rest()
             self.listening.set()
-
-    async def _until_lost(self, made: ControlSocket) -> None:
-        there = True
-        while there:
-            await trio.sleep(5 * self._retry_s)  # nobody is waiting, and each look wakes a thread
-            there = await trio.to_thread.run_sync(made.is_there, abandon_on_cancel=True)
 
     async def _keep_tcp(self, listen: str, door: _Door, clients: trio.Nursery) -> None:
         listeners = await self._opened(listen, partial(open_tcp, listen, self._inherited))

@@ -63,18 +63,18 @@ class ControlSocket:
     _file: tuple[int, int]
     lent: bool = False
 
-    def is_there(self) -> bool:
-        """Whether clients that go to the path come to this socket. Blocking."""
+    def is_lost(self) -> bool:
+        """Whether clients that go to the path don't come to this socket. Blocking."""
         try:
-            return _identity(self.path) == self._file
+            return _identity(self.path) != self._file
         except OSError:
-            return False
+            return True
 
     def close(self) -> None:
         """Listen no more, and remove the file, if it is still this socket's. Idempotent."""
         if self.socket.fileno() >= 0:
             with contextlib.suppress(OSError):
-                if not self.lent and self.is_there():
+                if not self.lent and not self.is_lost():
                     self.path.unlink()
             self.socket.close()
 

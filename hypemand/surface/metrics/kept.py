@@ -1,5 +1,6 @@
 """Which snapshots instances have, for whoever must not wait for a hypervisor: told by runs, asked for now and then."""
 
+import math
 from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
@@ -35,13 +36,11 @@ async def _in_pieces(instances: Iterable[InstanceId]) -> AsyncIterator[Sequence[
 
 @frozen
 class _Answer:
-    """What is known of an instance's snapshots (None: nothing), and when, on the boot-time clock."""
+    """What is known of an instance's snapshots (None: nothing), since when, and when to ask again; boot-time clock."""
 
     snapshots: tuple[Snapshot, ...] | None
     at_s: float
-
-    def is_old(self, boot_s: float) -> bool:
-        return self.snapshots is None or boot_s - self.at_s >= OLD_AFTER.total_seconds()
+    again_s: float
 
 
 @define(eq=False)
@@ -53,7 +52,9 @@ class KeptSnapshots:
 
     def heard(self, instance: InstanceId, snapshots: tuple[Snapshot, ...] | None) -> None:
         """Take in what a backend told; None: it could not tell, and what it told before counts no longer."""
-        self._answers[instance] = _Answer(snapshots, self._engine.clock.boot_s())
+        at_s = self._engine.clock.boot_s()
+        lasts_s = 0.0 if snapshots is None else OLD_AFTER.total_seconds()
+        self._answers[instance] = _Answer(snapshots, at_s, at_s + lasts_s)
 
     def of(self, instance: InstanceId) -> tuple[Snapshot, ...] | None:
         """The snapshots of *instance*; None where they are not known."""
@@ -81,16 +82,14 @@ class KeptSnapshots:
         schedules, boot_s = self._engine.store.schedules, self._engine.clock.boot_s()
         if len(self._answers) > len(schedules):
             await self._forget_gone()
-        unknown: list[InstanceId] = []
-        old: list[tuple[float, InstanceId]] = []
+        answers, to_ask = self._answers, list[InstanceId]()
         async for some in _in_pieces(schedules):
-            for instance in some:
-                known = self._answers.get(instance)
-                if known is None:
-                    unknown.append(instance)
-                elif known.is_old(boot_s):
-                    old.append((known.at_s, instance))
-        return await self._by_backend([*unknown, *(instance for _, instance in sorted(old))])
+            to_ask += [i for i in some if (known := answers.get(i)) is None or known.again_s <= boot_s]
+        return await self._by_backend(sorted(to_ask, key=self._asked_at_s))
+
+    def _asked_at_s(self, instance: InstanceId) -> float:
+        known = self._answers.get(instance)
+        return -math.inf if known is None else known.at_s
 
     async def _forget_gone(self) -> None:
         async for some in _in_pieces(self._answers):
