@@ -117,6 +117,7 @@ def _decimal(nanoseconds: int, unit: str) -> str:
     return f"{whole}.{digits}{unit}" if digits else f"{whole}{unit}"
 
 
+@lru_cache(maxsize=1000)
 def format_duration(duration: timedelta) -> str:
     """*duration* written short: ``24h``, ``1m30s``, ``1.5s``."""
     return format_ns(to_ns(duration))

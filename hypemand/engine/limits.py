@@ -35,4 +35,9 @@ async def answer(what: str, within_s: float, ask: Callable[[], Awaitable[T]]) ->
     """
     with trio.move_on_after(within_s):
         return await ask()
-    raise BackendUnavailable(f"the hypervisor did not answer within {within_s:g} s ({what})")
+    raise no_answer(what, within_s)
+
+
+def no_answer(what: str, within_s: float) -> BackendUnavailable:
+    """That a hypervisor was asked *what*, and has not answered."""
+    return BackendUnavailable(f"the hypervisor did not answer within {within_s:g} s ({what})")

@@ -11,7 +11,8 @@ from hypemand.core.fields import format_instant
 from hypemand.core.model import Snapshot
 from hypemand.state.codec import line_document, schedule_document
 from hypemand.surface.known import OpenRun
-from hypemand.surface.report import InstanceView, Overview
+from hypemand.surface.report import Overview
+from hypemand.surface.views import InstanceView
 
 Document = dict[str, Any]
 

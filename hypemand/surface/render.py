@@ -36,8 +36,8 @@ def show(table: Table) -> None:
         return
     lines = [table.headings, *([one_line(text) for text in row] for row in table.rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(table.headings))]
-    for line in lines:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    template = "  ".join(f"{{:{width}}}" for width in widths)
+    print("\n".join(template.format(*line).rstrip() for line in lines))
 
 
 def one_line(text: str) -> str:

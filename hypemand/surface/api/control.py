@@ -21,7 +21,8 @@ from hypemand.state.scan import quarantine_notes
 from hypemand.surface.client import FORMAT, FORMAT_HEADER
 from hypemand.surface.documents import Document, forecast_document, snapshots_document, status_document
 from hypemand.surface.known import OpenRun, State
-from hypemand.surface.report import AtWork, InstanceView, Overview, look
+from hypemand.surface.report import Overview, look
+from hypemand.surface.views import AtWork, InstanceView
 
 SETTLE_S = 5.0
 """How long `recover` waits for what is being settled."""
