@@ -15,6 +15,7 @@ from attrs import evolve, frozen
 from hypemand.backends.base import BackendType, BackendUnavailable, Surroundings
 from hypemand.backends.templates import filled, misplaced, named_by
 from hypemand.backends.vmm.backend import VmmBackend, build
+from hypemand.backends.vmm.both import both
 from hypemand.backends.vmm.client import Client
 from hypemand.backends.vmm.dialect import Drive, Identity, Look, Machine, table, tables
 from hypemand.backends.vmm.handles import held_below
@@ -112,8 +113,8 @@ class Firecracker:
 
     async def inspect(self, client: Client) -> tuple[Look, Machine]:
         """The configuration is there before the guest is started, too."""
-        config = table(await client.get("/vm/config"))
-        return await self.look(client), _machine(config)
+        look, config = await both(lambda: self.look(client), lambda: client.get("/vm/config"))
+        return look, _machine(table(config))
 
     async def identify(self, client: Client) -> Identity:
         """Its version, and the id that it was started with."""

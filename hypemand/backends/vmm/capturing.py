@@ -20,6 +20,7 @@ from hypemand.backends.copying import copy_file
 from hypemand.backends.meter import Meter
 from hypemand.backends.vmm import disks as files
 from hypemand.backends.vmm import origin
+from hypemand.backends.vmm.both import both
 from hypemand.backends.vmm.client import Client, ConnectionLost, Peer, Refused, SocketAbsent
 from hypemand.backends.vmm.dialect import Machine
 from hypemand.backends.vmm.disks import Sign
@@ -188,11 +189,12 @@ class Capturing:
 
     async def _check(self, instance: InstanceId, taken: Taken, signs: tuple[Sign, ...]) -> Captured:
         """Make sure that all of it is of one instant, and of the disks that the guest has."""
-        machine = await self._inspect(self.guests.client(instance))
-        now, saved = await self.guests.threads.do(
-            lambda: (files.signs_of(taken.ready.disks), _sizes(taken.ready.saving))
+        ready = taken.ready
+        machine, (now, saved) = await both(
+            lambda: self._inspect(self.guests.client(instance)),
+            lambda: self.guests.threads.do(lambda: (files.signs_of(ready.disks), _sizes(ready.saving))),
         )
-        if machine.drives != taken.ready.machine.drives or now != signs:
+        if machine.drives != ready.machine.drives or now != signs:
             raise CaptureFailed("the guest's disks were changed while it was captured")
         return self._take(instance, taken, saved)
 
