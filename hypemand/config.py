@@ -2,10 +2,10 @@
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 from enum import StrEnum
-from fnmatch import fnmatchcase
+from fnmatch import translate
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +127,14 @@ class ScheduleEntry:
 
     def matches(self, instance: InstanceId) -> bool:
         """Whether *instance* is, or matches, the one named here."""
-        return fnmatchcase(instance, self.instance) if self.is_pattern else instance == self.instance
+        return bool(self.matching([instance]))
+
+    def matching(self, instances: Iterable[InstanceId]) -> list[InstanceId]:
+        """Those of *instances* that are, or match, the one named here, in their order."""
+        if not self.is_pattern:
+            return [instance for instance in instances if instance == self.instance]
+        match = re.compile(translate(self.instance)).match  # as `fnmatchcase` does
+        return [instance for instance in instances if match(instance)]
 
     def kept(self) -> Retention:
         """The retention as schedules have it."""

@@ -1,17 +1,21 @@
 """The config's schedules in the store: made, changed, retired, put back; what the API made is left alone."""
 
-from datetime import timedelta
+import errno
+import os
+from datetime import timedelta, tzinfo
 from pathlib import Path
 
 import pytest
 import trio
-from attrs import evolve
+from attrs import define, evolve
 from trio.testing import MockClock
 
 from hypemand.backends.base import BackendUnavailable
 from hypemand.core.cadence import jitter
 from hypemand.core.model import InstanceId, InstanceState, ManagedBy
+from hypemand.engine.reconcile import AT_A_TIME
 from hypemand.state.codec import encode_schedule
+from tests.disks import FaultyDisk
 from tests.fakes import START, FakeBackend, FakeClock
 from tests.world import entry, world
 
@@ -225,3 +229,83 @@ async def test_a_backend_that_cannot_be_opened_or_asked_keeps_its_schedules(
     async with world(tmp_path, entry("web-*", HOUR), entry("db-1", HOUR), backends=[kept], clock=clock) as w:
         await trio.sleep(60)
         assert set(w.engine.store.schedules) == {"web-1", "db-1"}
+
+
+# Many at once.
+
+MANY = 300
+
+
+async def test_new_schedules_are_written_together(tmp_path: Path, autojump_clock: MockClock) -> None:
+    disk = FaultyDisk()
+    names = [f"vm-{number}" for number in range(MANY)]
+    async with world(tmp_path, *(entry(name, DAY) for name in names), disk=disk) as w:
+        assert {*w.engine.store.schedules} == {*names}
+        assert {path.stem for path in (tmp_path / "schedules").glob("*.json")} == {*names}
+    assert disk.calls["sync_directory"] < MANY / 10
+    assert disk.calls["read"] < MANY / 10, "that none of them was retired is seen at one look"
+
+
+async def test_of_many_that_are_put_back_each_has_its_history(tmp_path: Path, autojump_clock: MockClock) -> None:
+    names = [f"vm-{number}" for number in range(MANY)]
+    async with world(tmp_path, *(entry(name, DAY) for name in names)) as w:
+        before = {name: w.schedule(name).created_at for name in names}
+        await w.apply()
+        assert w.engine.store.schedules == {}
+        await trio.sleep(3600)
+        await w.apply(*(entry(name, DAY) for name in [*names, "new"]))
+        assert {name: w.schedule(name).created_at for name in names} == before
+        assert w.schedule("new").created_at == START + HOUR
+        assert list((tmp_path / "schedules/retired").iterdir()) == []
+
+
+async def test_where_the_retired_ones_cannot_be_listed_each_is_looked_for(
+    tmp_path: Path, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path, entry("web-1", HOUR)) as w:
+        before = w.schedule("web-1")
+        await w.apply()
+        await trio.sleep(3600)
+        with monkeypatch.context() as patched:
+            patched.setattr("hypemand.state.store.os.listdir", refuse)
+            await w.apply(entry("web-1", HOUR))
+        assert w.schedule("web-1").created_at == before.created_at
+
+
+def refuse(path: Path) -> list[str]:
+    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+async def test_while_many_are_looked_through_that_stay_as_they_are_others_have_their_turns(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    count = 10 * AT_A_TIME
+    schedules = [entry(f"vm-{number}", DAY) for number in range(count)]
+    clock = CountingClock()
+    async with world(tmp_path, *schedules, clock=clock) as w, trio.open_nursery() as nursery:
+        turns, before = Turns(), clock.zones
+        nursery.start_soon(turns.count)
+        await w.apply(*schedules)
+        assert turns.taken >= count / AT_A_TIME
+        assert clock.zones - before <= 2, "the zone is a file, and read for all of them at once"
+        nursery.cancel_scope.cancel()
+
+
+class Turns:
+    """Counts how often others are let go on."""
+
+    taken = 0
+
+    async def count(self) -> None:
+        while True:
+            self.taken += 1
+            await trio.lowlevel.checkpoint()
+
+
+@define
+class CountingClock(FakeClock):
+    zones: int = 0
+
+    def zone(self) -> tzinfo:
+        self.zones += 1
+        return FakeClock.zone(self)

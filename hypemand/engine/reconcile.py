@@ -1,6 +1,6 @@
 """From the config's schedules to the store: made, changed, retired and put back, by the rules of a PUT."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from datetime import datetime, tzinfo
 
 import structlog
@@ -19,6 +19,10 @@ from hypemand.state.replay import with_outcome
 from hypemand.state.store import Store
 
 DISCOVERY_TIMEOUT_S = 10.0
+AT_ONCE = 64
+"""So many new schedules are written at a time: together, they share syncs."""
+AT_A_TIME = 200
+"""So many that stay as they are, are looked through before runs that are due get their turn."""
 _log = structlog.get_logger()
 
 
@@ -31,6 +35,8 @@ class Discovery:
 
     def doubled(self) -> dict[InstanceId, list[str]]:
         """Instances that more than one backend knows, with those backends' names."""
+        if sum(map(len, self.instances.values())) == len(frozenset().union(*self.instances.values())):
+            return {}
         homes: dict[InstanceId, list[str]] = {}
         for name, instances in self.instances.items():
             for instance in instances:
@@ -57,11 +63,15 @@ async def discover(backends: Mapping[str, Backend], within_s: float = DISCOVERY_
     return found
 
 
+_Entry = tuple[ScheduleEntry, str]
+"""And its backend."""
+
+
 @define
 class Wanted:
     """What the config wants: an entry and a backend for each instance, and what stands in the way."""
 
-    entries: dict[InstanceId, tuple[ScheduleEntry, str]] = field(factory=dict)
+    entries: dict[InstanceId, _Entry] = field(factory=dict)
     problems: list[str] = field(factory=list)
 
 
@@ -80,15 +90,28 @@ def wanted_schedules(config: Config, discovery: Discovery, present: Collection[S
     for entry in config.schedules:
         if entry.is_pattern:
             name = config.backend_of(entry)
-            seen = {i for i in discovery.instances.get(name, ()) if i not in doubled}
+            seen = discovery.instances.get(name, frozenset()) - doubled.keys()
             kept = {s.instance_id for s in present if s.managed_by is ManagedBy.CONFIG and s.backend == name}
-            for instance in sorted(seen | kept):
-                if instance not in wanted.entries and entry.matches(instance):
-                    wanted.entries[instance] = (entry, name)
+            for instance in entry.matching(sorted((seen | kept) - wanted.entries.keys())):
+                wanted.entries[instance] = (entry, name)
     for instance, names in sorted(doubled.items()):
         if any(entry.is_pattern and entry.matches(instance) for entry in config.schedules):
             wanted.problems.append(f"instance {instance!r} is known to several backends: {', '.join(names)}")
     return wanted
+
+
+@define
+class _Applied:
+    """What came of a config so far.
+
+    Attributes:
+        new: Those that it wants and that were never in force before.
+    """
+
+    zone: tzinfo
+    problems: list[str]
+    new: frozenset[InstanceId] = frozenset()
+    changed: set[InstanceId] = field(factory=set)
 
 
 class Reconciler:
@@ -110,39 +133,69 @@ class Reconciler:
             thing that is wanted and can't be.
         """
         wanted = wanted_schedules(config, discovery, self._store.schedules.values())
-        problems = list(wanted.problems)
-        changed = set()
-        for instance, (entry, backend) in wanted.entries.items():
+        done = _Applied(self._clock.zone(), [*wanted.problems])
+        differing = await self._differing(wanted, done)
+        done.new = await self._never_in_force(instance for instance, _ in differing)
+        waiting = iter(differing)
+        async with trio.open_nursery() as nursery:
+            for _ in range(min(AT_ONCE, len(differing))):
+                nursery.start_soon(self._upsert_each, waiting, done)
+        for schedule in [*self._store.schedules.values()]:
+            if schedule.managed_by is ManagedBy.CONFIG and schedule.instance_id not in wanted.entries:
+                await self._retire(schedule.instance_id)
+                done.changed.add(schedule.instance_id)
+        return frozenset(done.changed), tuple(done.problems)
+
+    async def _differing(self, wanted: Wanted, done: _Applied) -> list[tuple[InstanceId, _Entry]]:
+        """Those that are not in force as they are *wanted*: mostly none, of many."""
+        differing = []
+        for number, (instance, wish) in enumerate(wanted.entries.items(), 1):
+            if self._differs(instance, wish, done):
+                differing.append((instance, wish))
+            if number % AT_A_TIME == 0:
+                await trio.lowlevel.checkpoint()
+        return differing
+
+    def _differs(self, instance: InstanceId, wish: _Entry, done: _Applied) -> bool:
+        present = self._store.schedules.get(instance)
+        if present is None or present.managed_by is ManagedBy.API or instance in self._store.unreadable_instances:
+            return True
+        return self._after(present, wish, done) is not present
+
+    async def _never_in_force(self, instances: Iterable[InstanceId]) -> frozenset[InstanceId]:
+        """Those of *instances* that are not in force now, and were never retired."""
+        absent = frozenset(instances) - self._store.schedules.keys()
+        return absent and absent - await self._store.retired_among(absent)
+
+    async def _upsert_each(self, waiting: Iterator[tuple[InstanceId, _Entry]], done: _Applied) -> None:
+        for instance, wish in waiting:
             present = self._store.schedules.get(instance)
             if present is not None and present.managed_by is ManagedBy.API:
-                problems.append(
+                done.problems.append(
                     f"schedules: {instance!r} has a schedule made over the API,"
                     f" schedules/{instance}.json in the state directory; remove one of both"
                 )
             elif instance in self._store.unreadable_instances:
-                problems.append(f"schedules: the file of {instance!r} can't be read; it is neither made anew nor run")
-            elif await self._upsert(instance, entry, backend, present):
-                changed.add(instance)
-        for schedule in [*self._store.schedules.values()]:
-            if schedule.managed_by is ManagedBy.CONFIG and schedule.instance_id not in wanted.entries:
-                await self._retire(schedule.instance_id)
-                changed.add(schedule.instance_id)
-        return frozenset(changed), tuple(problems)
+                done.problems.append(
+                    f"schedules: the file of {instance!r} can't be read; it is neither made anew nor run"
+                )
+            elif await self._upsert(instance, wish, present, done):
+                done.changed.add(instance)
 
-    async def _upsert(self, instance: InstanceId, entry: ScheduleEntry, backend: str, present: Schedule | None) -> bool:
-        now, zone = self._clock.now(), self._clock.zone()
+    async def _upsert(self, instance: InstanceId, wish: _Entry, present: Schedule | None, done: _Applied) -> bool:
+        now, (entry, backend) = self._clock.now(), wish
         retired = None
-        if present is None:
+        if present is None and instance not in done.new:
             retired = await self._store.read_retired(instance)
             if instance in self._store.schedules:
                 return False  # a client has made one meanwhile; the next look tells
         before = present or retired
         if before is not None:
-            after = updated(before, entry, backend, now, zone)
+            after = self._after(before, wish, done)
             if present is None:
                 after = put_back(after, now)
         else:
-            after = created(instance, entry, backend, now, zone)
+            after = created(instance, entry, backend, now, done.zone)
             if instance in self._store.set_aside:
                 after = self._with_history(after)
         if after == present:
@@ -152,6 +205,9 @@ class Reconciler:
             await self._forget_retired(instance)
         _log.info("schedule changed" if before else "schedule made", instance_id=instance, backend=backend)
         return True
+
+    def _after(self, before: Schedule, wish: _Entry, done: _Applied) -> Schedule:
+        return updated(before, *wish, self._clock.now(), done.zone)
 
     async def _forget_retired(self, instance: InstanceId) -> None:
         try:

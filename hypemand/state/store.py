@@ -1,6 +1,7 @@
 """The schedules, in memory and as one file each; what can't be read is set aside or retried, never overwritten."""
 
 import errno
+import os
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -289,6 +290,14 @@ class Store:
         except (OSError, InvalidInput, NewerFormatError) as error:
             _log.error("retired schedule unreadable; starting anew", path=str(path), error=str(error))
             return None
+
+    async def retired_among(self, instances: frozenset[InstanceId]) -> frozenset[InstanceId]:
+        """Those of *instances* that have a retired file, or may have one."""
+        try:
+            names = await self._disk.call(os.listdir, self.retired_directory)
+        except OSError:
+            return instances  # each is told of when it is read
+        return instances & {InstanceId(name.removesuffix(".json")) for name in names}
 
     async def put_retired(self, schedule: Schedule) -> None:
         """Rewrite the file of a retired schedule."""
