@@ -1,7 +1,7 @@
 """Documents for people: tables on a terminal, plain columns in a pipe, and what is to be said below them."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -12,6 +12,8 @@ from hypemand.core.fields import check_instant
 from hypemand.core.size import format_size
 
 MOST_ROWS = 200
+MOST_NAMED = 10
+"""Instances below the table of which the same is said; of more, the first are named."""
 
 Told = Mapping[str, Any]
 """A document, or a part of one."""
@@ -221,14 +223,9 @@ def status_notes(status: Told) -> list[str]:
     """What is to be said below the table of `status`; the daemon's state first."""
     views = status["instances"]
     notes = [_owner_note(status)]
-    for view in views:
-        error, over_budget = _last_error(view), view["freeze"]["over_budget"]
-        told_below = over_budget is not None and over_budget in error
-        notes += [f"{view['instance_id']}: last error: {one_line(error)}"] if error and not told_below else []
-        notes += [f"{view['instance_id']}: {one_line(view['trouble'])}"] if view["trouble"] and view["made"] else []
-        notes += _open_note(view)
+    notes += _together(said for view in views for said in _said_of(view))
     to_come = [view["instance_id"] for view in views if not view["made"]]
-    notes += [f"begins when the daemon takes up the config: {', '.join(to_come)}"] if to_come else []
+    notes += [f"begins when the daemon takes up the config: {_some(to_come)}"] if to_come else []
     notes += [f"config invalid, a running daemon goes on with the one before: {p}" for p in status["config_problems"]]
     notes += [f"problem: {problem}" for problem in status["problems"]]
     notes += [f"warning: {one_line(warning)}" for warning in status["warnings"]]
@@ -238,8 +235,32 @@ def status_notes(status: Told) -> list[str]:
     return notes
 
 
-def _open_note(view: Told) -> list[str]:
-    run = view["current_run"]
-    if run is None or view["under_way"] or not run["error"]:
-        return []
-    return [f"{view['instance_id']}: run {run['run_id']} is not settled yet: {one_line(run['error'])}"]
+def _said_of(view: Told) -> Iterator[tuple[str, str]]:
+    """An instance, and what is to be said of it."""
+    instance, run = view["instance_id"], view["current_run"]
+    error, over_budget = _last_error(view), view["freeze"]["over_budget"]
+    if error and (over_budget is None or over_budget not in error):  # else it is told below
+        yield instance, f"last error: {one_line(error)}"
+    if view["trouble"] and view["made"]:
+        yield instance, one_line(view["trouble"])
+    if run is not None and run["error"] and not view["under_way"]:
+        yield instance, f"run {run['run_id']} is not settled yet: {one_line(run['error'])}"
+
+
+def _together(said: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each, but one for all of many instances of which the same is said: a hypervisor that is down."""
+    instances: dict[str, list[str]] = {}
+    for instance, text in said:
+        instances.setdefault(text, []).append(instance)
+    lines = []
+    for text, its in instances.items():
+        lines += [f"{instance}: {text}" for instance in its] if len(its) <= MOST_NAMED else [f"{_some(its)}: {text}"]
+    return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    """*names*, where they are many the first of them and how many more."""
+    if len(names) <= MOST_NAMED:
+        return ", ".join(names)
+    named = MOST_NAMED // 2
+    return f"{', '.join(names[:named])} and {len(names) - named:,} more"
