@@ -33,7 +33,6 @@ LONG = (
     "test_two_minutes_of_idling",
     "test_a_daemon_killed_or_hung_at_any_step",
     "test_fifty_thousand_runs",
-    "test_two_minutes_of_idling",
     "test_a_monitor_that_another_client_holds",
     "test_twenty_guests_at_once",
     "test_a_week_of_a_hundred_schedules",
@@ -43,8 +42,14 @@ LONG = (
 )
 """Tests of more than a quarter of a minute, the longest first."""
 
-ONE_AT_A_TIME = ("test_qemu_faults.py",)
-"""Files whose tests would disturb each other: all of them keep the disk busy, and look whether others are on time."""
+ONE_AT_A_TIME = (
+    "test_qemu_faults.py::*",
+    "test_kills.py::test_a_daemon_killed_or_hung_at_any_step*",
+    "test_libvirt_daemon.py::test_a_daemon_whose_libvirtd_hangs*",
+)
+"""Tests that would disturb each other: some keep processors or disk busy, and all of them look whether something is in
+time. Twenty guests in software emulation leave a guard next to nothing of two processors.
+"""
 
 
 OF_LIBVIRT = "test_libvirt*.py"
@@ -71,8 +76,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     }
     items.sort(key=ranks.__getitem__)
     for item in items:
-        if item.path.name in ONE_AT_A_TIME:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if any(fnmatch.fnmatchcase(f"{item.path.name}::{item.name}", names) for names in ONE_AT_A_TIME):
+            item.add_marker(pytest.mark.xdist_group("one at a time"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
