@@ -77,7 +77,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=ranks.__getitem__)
     for item in items:
         if any(fnmatch.fnmatchcase(f"{item.path.name}::{item.name}", names) for names in ONE_AT_A_TIME):
-            item.add_marker(pytest.mark.xdist_group("one at a time"))
+            item.add_marker(pytest.mark.xdist_group("one-at-a-time"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
