@@ -45,10 +45,11 @@ LONG = (
 ONE_AT_A_TIME = (
     "test_qemu_faults.py::*",
     "test_kills.py::test_a_daemon_killed_or_hung_at_any_step*",
+    "test_simulation.py::test_fifty_thousand_runs*",
     "test_libvirt_daemon.py::test_a_daemon_whose_libvirtd_hangs*",
 )
-"""Tests that would disturb each other: some keep processors or disk busy, and all of them look whether something is in
-time. Twenty guests in software emulation leave a guard next to nothing of two processors.
+"""Tests that would disturb each other: some keep processors or disk busy, others look whether something is in time.
+Twenty guests in software emulation, or the simulation, leave a guard next to nothing of two processors.
 """
 
 

@@ -99,9 +99,8 @@ class Harness:
         due_at = self._make_due()
         blocks_s = max_freeze_s + 20 if self._holds_lease(kill) else HANG_S
         how = How.STOPPED if kill.operator else kill.how
-        note = directory / f"note-{self.count}.json"
-        trigger = Trigger(kill.step, kill.phase, how, kill.after_s, blocks_s, note)
-        async with victim(self.ground.lab.config, trigger, directory / f"victim-{self.count}.log") as harmed:
+        trigger = Trigger(kill.step, kill.phase, how, kill.after_s, blocks_s, directory / f"victim-{self.count}.log")
+        async with victim(self.ground.lab.config, trigger) as harmed:
             told = await harmed.harmed(self.patience_s)
             if told is None:
                 return self._outcome(kill, [Finding(checks.FAILED, f"{kill.step} was never reached: {harmed.log}")])
@@ -225,10 +224,9 @@ class _Aftermath:
         await self._nobody_left(within_s=THAWED_WITHIN_S)
 
     async def _relapse(self, place: Relapse) -> None:
-        note = self.victim.note.with_name(f"{self.victim.note.stem}-recover.json")
-        trigger = Trigger(place.step, place.phase, How.KILLED, place.after_s, 0.0, note)
         log = self.victim.log.with_name(f"{self.victim.log.stem}-recover.log")
-        async with victim(self.ground.lab.config, trigger, log, "recover") as first:
+        trigger = Trigger(place.step, place.phase, How.KILLED, place.after_s, 0.0, log)
+        async with victim(self.ground.lab.config, trigger, "recover") as first:
             if await first.harmed(SETTLED_WITHIN_S) is None and first.process.poll() is None:
                 self.found.append(Finding(checks.HELD, f"recover does not end: {log}"))
 
@@ -288,6 +286,6 @@ class _Aftermath:
         return self.kill.operator or await self.ground.state() == "running"
 
     async def _nobody_left(self, *, within_s: float) -> None:
-        left = await all_gone(self.victim.note, self.note.children, within_s)
+        left = await all_gone(self.victim.log, self.note.children, within_s)
         if left:
             self.found.append(Finding(checks.HELD, f"processes {left} are left"))

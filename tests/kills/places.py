@@ -108,14 +108,20 @@ _FROZEN = {
 
 @frozen
 class Trigger:
-    """What a victim is told: the place, what to do there, and where to note that it got there."""
+    """What a victim is told: the place, what to do there, and how to tell that it got there.
+
+    Attributes:
+        log: The victim's own: by this environment processes are known that it has started.
+        tell: Descriptor of a pipe for its note. A file might wait for a busy disk, while the victim goes on.
+    """
 
     step: str
     phase: Phase
     how: How
     after_s: float
     blocks_s: float
-    note: Path
+    log: Path
+    tell: int = -1
 
     def environment(self) -> dict[str, str]:
         """As environment variables."""
@@ -125,7 +131,8 @@ class Trigger:
             "how": self.how,
             "after_s": self.after_s,
             "blocks_s": self.blocks_s,
-            "note": str(self.note),
+            "log": str(self.log),
+            "tell": self.tell,
         }
         return {VARIABLE: json.dumps(told)}
 
@@ -139,7 +146,8 @@ class Trigger:
             how=How(told["how"]),
             after_s=told["after_s"],
             blocks_s=told["blocks_s"],
-            note=Path(told["note"]),
+            log=Path(told["log"]),
+            tell=told["tell"],
         )
 
 
@@ -159,17 +167,12 @@ class Note:
     children: tuple[int, ...]
 
     @classmethod
-    def read(cls, path: Path) -> "Note | None":
-        """The note at *path*, or None while there is none."""
-        try:
-            told = json.loads(path.read_text())
-        except FileNotFoundError:
-            return None
+    def heard(cls, data: bytes) -> "Note":
+        """The note that was told as *data*."""
+        told = json.loads(data)
         return cls(told["pid"], told["at"], told["late"], tuple(told["children"]))
 
-    def write(self, path: Path) -> None:
-        """Have it at *path*, whole or not at all."""
-        new = path.with_suffix(".new")
+    def tell(self, descriptor: int) -> None:
+        """Write it into a pipe, in one go."""
         told = {"pid": self.pid, "at": self.at, "late": self.late, "children": self.children}
-        new.write_text(json.dumps(told))
-        new.replace(path)
+        os.write(descriptor, json.dumps(told).encode())

@@ -1,5 +1,6 @@
 """Victims and what they leave behind, as the kernel sees them."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from time import monotonic
 
 import trio
-from attrs import frozen
+from attrs import evolve, frozen
 
 from tests.kills.places import Note, Trigger
 from tests.processes import ROOT, environment, wait_until
@@ -17,19 +18,30 @@ from tests.processes import ROOT, environment, wait_until
 
 @frozen
 class Victim:
-    """A daemon that comes to harm. *log* is its stderr."""
+    """A daemon that comes to harm.
+
+    Attributes:
+        log: Its stderr; its name is in the environment of all that it starts.
+    """
 
     process: trio.Process
-    note: Path
     log: Path
+    _notes: int
 
     async def harmed(self, within_s: float) -> Note | None:
         """Wait until it has come to harm; None if it ended otherwise, or never got to its place."""
         with trio.move_on_after(within_s):
-            while (note := Note.read(self.note)) is None and self.process.poll() is None:
+            while (note := self._note()) is None and self.process.poll() is None:
                 await trio.sleep(0.002)
-            return note or Note.read(self.note)
+            return note or self._note()
         return None
+
+    def _note(self) -> Note | None:
+        try:
+            data = os.read(self._notes, 65536)
+        except BlockingIOError:
+            return None
+        return Note.heard(data) if data else None
 
     def state(self) -> str:
         """The kernel's letter for what it does: ``T`` stopped, ``Z`` gone."""
@@ -52,23 +64,30 @@ class Victim:
 
 
 @asynccontextmanager
-async def victim(config: Path, trigger: Trigger, log: Path, command: str = "run") -> AsyncIterator[Victim]:
+async def victim(config: Path, trigger: Trigger, command: str = "run") -> AsyncIterator[Victim]:
     """A daemon on *config* that comes to harm as *trigger* says; killed at the end of the block, if it still lives."""
-    with log.open("wb") as file:
-        process = await trio.lowlevel.open_process(
-            [sys.executable, "-m", "tests.kills.victim", command, "-c", str(config)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=file,
-            cwd=ROOT,
-            env=environment(**trigger.environment()),
-        )
+    notes, telling = os.pipe()
+    os.set_blocking(notes, False)
     try:
-        yield Victim(process, trigger.note, log)
+        with trigger.log.open("wb") as file:
+            process = await trio.lowlevel.open_process(
+                [sys.executable, "-m", "tests.kills.victim", command, "-c", str(config)],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=file,
+                cwd=ROOT,
+                env=environment(**evolve(trigger, tell=telling).environment()),
+                pass_fds=(telling,),
+            )
+        try:
+            yield Victim(process, trigger.log, notes)
+        finally:
+            process.kill()
+            with trio.CancelScope(shield=True):
+                await process.wait()
     finally:
-        process.kill()
-        with trio.CancelScope(shield=True):
-            await process.wait()
+        os.close(notes)
+        os.close(telling)
 
 
 async def slow_machine_s() -> float:
@@ -89,9 +108,9 @@ def state_of(pid: int) -> str:
         return "Z"
 
 
-def born_of(note: Path) -> list[int]:
-    """Processes that live and have the environment of the victim of *note*: its guard, and whom that has started."""
-    told = str(note).encode()
+def born_of(log: Path) -> list[int]:
+    """Processes that live and have the environment of the victim with *log*: its guard, and whom that has started."""
+    told = str(log).encode()
     found = []
     for path in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -102,10 +121,10 @@ def born_of(note: Path) -> list[int]:
     return found
 
 
-async def all_gone(note: Path, children: tuple[int, ...], within_s: float) -> list[int]:
+async def all_gone(log: Path, children: tuple[int, ...], within_s: float) -> list[int]:
     """Wait until none of *children* is left, nor anything that they started; what is left after that time."""
     left: list[int] = []
     with trio.move_on_after(within_s):
-        while left := [*{*born_of(note), *(pid for pid in children if state_of(pid) != "Z")}]:
+        while left := [*{*born_of(log), *(pid for pid in children if state_of(pid) != "Z")}]:
             await trio.sleep(0.05)
     return left

@@ -76,7 +76,7 @@ class Trap:
             if self.sprung:
                 return
             self.sprung = True
-            Note(os.getpid(), time.monotonic(), late, _children()).write(self.trigger.note)
+            Note(os.getpid(), time.monotonic(), late, _children()).tell(self.trigger.tell)
             if self.trigger.how is How.BLOCKED:
                 if in_loop:
                     time.sleep(self.trigger.blocks_s)
@@ -143,6 +143,7 @@ def wrap_records(trap: Trap) -> None:
 def main() -> None:
     """Run the command line with the trap set."""
     trap = Trap(Trigger.found())
+    os.set_inheritable(trap.trigger.tell, False)
     for backend in BACKENDS:
         wrap_backend(backend, trap)
     wrap_records(trap)
