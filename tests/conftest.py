@@ -70,6 +70,7 @@ def pytest_report_header() -> str | None:
     return f"{OF_LIBVIRT} and some of test_contract.py are left out: {missing} not found" if missing else None
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist has to find the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the long ones: at the end one alone would keep the others' processors idle."""
     ranks = {
@@ -79,6 +80,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if any(fnmatch.fnmatchcase(f"{item.path.name}::{item.name}", names) for names in ONE_AT_A_TIME):
             item.add_marker(pytest.mark.xdist_group("one-at-a-time"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Stop where groups are not kept: a pytest that is too new for pytest-xdist says nothing of it."""
+    in_groups = session.config.getoption("loadgroup", False)  # in workers alone
+    marked = [item for item in session.items if item.get_closest_marker("xdist_group")]
+    if in_groups and not all("@" in item.nodeid for item in marked):
+        pytest.exit("pytest-xdist can't keep groups of tests together with this pytest; see pyproject.toml", 3)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
