@@ -64,7 +64,7 @@ async def discover(backends: Mapping[str, Backend], within_s: float = DISCOVERY_
 
 
 _Entry = tuple[ScheduleEntry, str]
-"""And its backend."""
+"""What the config has for an instance, and the name of its backend."""
 
 
 @define
